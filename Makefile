@@ -1,0 +1,49 @@
+# Everything a reader or a continuous-integration job runs. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# What `make bench` measures; for example `make bench MODEL=smollm2-135m BATCH=16`.
+MODEL ?= random:gpt2
+BATCH ?= 4
+DATA  ?= reviews
+SEED  ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint format clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv and install the package into it, from the pinned versions.
+
+$(STAMP): pyproject.toml requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make setup: $(PYTHON) is older than 3.11; try: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup ## Watch a real language model's gradient give up eight private notes.
+	@$(BIN)/dager demo
+
+test: setup ## Run the tests and the examples in the docstrings.
+	$(BIN)/python -m pytest
+
+bench: setup ## Time the attack against the textbook version (MODEL, BATCH, DATA, SEED).
+	$(BIN)/dager bench decoder --model $(MODEL) --batch-size $(BATCH) --data $(DATA) --seed $(SEED)
+
+lint: setup ## Check style, formatting and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Rewrite the code in the project's format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and everything that was built.
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,251 @@
+"""What the attack needs to know of an architecture, and the model record that every stage shares.
+
+An adapter names the linear maps whose inputs the attack tests (the *taps*) and runs one block of a
+transformer piece by piece with the block's own submodules. It never copies a forward pass: what it
+computes is compared with the unmodified transformers model in the tests.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+QKV = "query, key, value"
+QUERY = "query"
+ATTENTION_OUTPUT = "attention output"
+MLP = "MLP"
+KINDS = (QKV, ATTENTION_OUTPUT, MLP)  # QUERY is a part of the first
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A point of the network whose vectors enter one or several linear maps.
+
+    Attributes:
+        block: Index of the transformer block, from 0.
+        kind: One of `KINDS`, or `QUERY`.
+        parameters: Names of the linear maps' weights in the backbone's `named_parameters()`.
+        input_first: True where the weight is stored inputs x outputs (the Conv1D of GPT-2).
+        outputs: How many of the first parameter's outputs count, where a fused map holds more than the kind.
+    """
+
+    block: int
+    kind: str
+    parameters: tuple[str, ...]
+    input_first: bool = False
+    outputs: int | None = None
+
+    @property
+    def name(self) -> str:
+        """A label for people, `block 0 query, key, value` for one."""
+        return f"block {self.block} {self.kind}"
+
+    def gradient(self, gradients: Mapping[str, Tensor]) -> Tensor | None:
+        """Stack the gradients of the tap's linear maps that were shared.
+
+        Args:
+            gradients: Gradients by backbone parameter name.
+
+        Returns:
+            float64, outputs x inputs, every row a combination of the tap's input vectors; None where none is shared.
+        """
+        shared = [gradients[name].double() for name in self.parameters if name in gradients]
+        if not shared:
+            return None
+        return torch.cat([weight.T if self.input_first else weight for weight in shared])[: self.outputs]
+
+
+@dataclass(frozen=True)
+class FirstInput:
+    """How the vectors of block 0's attention come about: `gain * (u - mean(u)) / deviation(u) + bias`, u = token + position.
+
+    Attributes:
+        tokens: float32, vocabulary x width, the token embeddings.
+        positions: float32, positions x width, the position embeddings (with the token type of a single text
+            where there is one), or None for rotary models.
+        gain: float32, width.
+        bias: float32, width, or None.
+        epsilon: Added to the variance.
+        centred: False for an RMS norm, which subtracts no mean.
+    """
+
+    tokens: Tensor
+    positions: Tensor | None
+    gain: Tensor
+    bias: Tensor | None
+    epsilon: float
+    centred: bool
+
+    def linear(self, embedding: Tensor) -> Tensor:
+        """The linear part of the norm: `gain * (u - mean(u))`, same shape as `embedding` (rows x width)."""
+        if self.centred:
+            embedding = embedding - embedding.mean(-1, keepdim=True)
+        return embedding * self.gain.to(embedding.dtype)
+
+    def spread(self, embedding: Tensor) -> Tensor:
+        """`u - mean(u)`, or u itself for an RMS norm: what the deviation is computed from (rows x width)."""
+        return embedding - embedding.mean(-1, keepdim=True) if self.centred else embedding
+
+
+class Adapter(ABC):
+    """One architecture family. Subclasses are leaves and say where its submodules are.
+
+    Args:
+        network: The headless backbone.
+    """
+
+    causal: bool
+    input_first = False
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        self.network = network
+        self.config = network.config
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(self.config.hidden_size)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.blocks)
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks in order."""
+
+    @property
+    @abstractmethod
+    def max_positions(self) -> int:
+        """The longest text that the model takes, in tokens."""
+
+    @cached_property
+    @abstractmethod
+    def first_input(self) -> FirstInput:
+        """The factors of block 0's attention input."""
+
+    @abstractmethod
+    def linear_maps(self, block: int, kind: str) -> tuple[nn.Module, ...]:
+        """The linear modules that read the tap `kind` of a block."""
+
+    @cached_property
+    def _weight_names(self) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in self.network.named_parameters()}
+
+    def tap(self, block: int, kind: str) -> Tap:
+        """The tap of a block.
+
+        Args:
+            block: Index of the block, from 0.
+            kind: One of `KINDS`, or `QUERY`.
+        """
+        names = tuple(self._weight_names[id(linear.weight)] for linear in self.linear_maps(block, kind))
+        fused = kind == QUERY and len(self.linear_maps(block, QKV)) == 1
+        return Tap(block, kind, names, self.input_first, self.hidden_size if fused else None)
+
+    def taps(self) -> list[Tap]:
+        """All taps, block by block."""
+        return [self.tap(block, kind) for block in range(self.num_blocks) for kind in KINDS]
+
+    def position_ids(self, attention_mask: Tensor) -> Tensor:
+        """Positions (batch x length, int64) of the tokens of a mask, counted from 0 at each text's first token."""
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+    @torch.no_grad()
+    def tap_inputs(
+        self, token_ids: Tensor, attention_mask: Tensor, taps: Iterable[Tap], *, starts: Tensor | None = None
+    ) -> dict[Tap, Tensor]:
+        """Run the unmodified forward pass and read the inputs of linear maps through forward pre-hooks.
+
+        Args:
+            token_ids: int64, batch x length.
+            attention_mask: int64, batch x length, 0 at pads.
+            taps: Which inputs to read.
+            starts: int64, batch, the position of each text's first token where it is not 0.
+
+        Returns:
+            For each tap, batch x length x inputs, in the network's dtype.
+        """
+        seen: dict[Tap, Tensor] = {}
+        handles = []
+        for tap in taps:
+            module = self.linear_maps(tap.block, tap.kind)[0]
+            handles.append(module.register_forward_pre_hook(lambda _, args, tap=tap: seen.__setitem__(tap, args[0])))
+        positions = self.position_ids(attention_mask)
+        if starts is not None:
+            positions = positions + starts[:, None]
+        try:
+            self.network(input_ids=token_ids, attention_mask=attention_mask, position_ids=positions)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+class DecoderAdapter(Adapter):
+    """A causal model with pre-norm blocks, run one position at a time over cached keys and values."""
+
+    causal = True
+    num_heads: int
+    num_key_heads: int
+    head_width: int
+
+    @abstractmethod
+    def embed(self, token_ids: Tensor, position: int) -> Tensor:
+        """Hidden states (tokens x width) that tokens (int64) have before block 0 at a position."""
+
+    @abstractmethod
+    def attention_input(self, block: int, hidden: Tensor) -> Tensor:
+        """The normalised vectors (rows x width) that enter query, key and value of a block."""
+
+    @abstractmethod
+    def project(self, block: int, vectors: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (rows x heads x width), key and value (rows x key heads x width) at a position, rotated where the model rotates."""
+
+    @abstractmethod
+    def scaling(self, block: int) -> float:
+        """The factor on query-key products."""
+
+    def window(self, block: int) -> int | None:
+        """How many keys a query sees, itself included; None for all."""
+        return None
+
+    @abstractmethod
+    def after_attention(self, block: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Hidden states (rows x width) after the attention's output map and residual; `attended` is rows x heads * width."""
+
+    @abstractmethod
+    def mlp_input(self, block: int, hidden: Tensor) -> Tensor:
+        """The normalised vectors (rows x width) that enter the MLP."""
+
+    @abstractmethod
+    def after_mlp(self, block: int, hidden: Tensor, vectors: Tensor) -> Tensor:
+        """Hidden states (rows x width) after the MLP of `vectors` and the residual."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A headless transformer with its tokenizer: all that server and client agree on.
+
+    Attributes:
+        name: The name it was loaded by.
+        network: The backbone, in eval mode, float32, no parameter requiring a gradient.
+        tokenizer: Its tokenizer.
+    """
+
+    name: str
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the backbone lives on."""
+        return next(self.network.parameters()).device

@@ -1,0 +1,1 @@
+"""Texts written for this project: the packaged data sets that `dager_tutorial.data` reads by name."""

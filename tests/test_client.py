@@ -1,0 +1,328 @@
+"""The client's gradients against plain transformers code, and against themselves."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from dager_tutorial.client import client_update, encode
+from dager_tutorial.errors import DagerError
+from dager_tutorial.models.base import LanguageModel
+from dager_tutorial.update import Update
+
+TEXTS = ["the dog is good", "a cat", "we want more bread and milk today", "no"]
+LABELS = [0, 2, 1, 0]
+CAUSAL = ["tiny_gpt2", "tiny_llama", "tiny_llama_bos"]
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return request.getfixturevalue(request.param)
+
+
+def every(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("model", names, indirect=True)
+
+
+def assert_same(found: Update, wanted: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Equal names, and tensors equal to a tolerance relative to each; true zeros (BERT's key biases) to the
+    largest."""
+    assert set(found.gradients) == set(wanted)
+    largest = max(float(tensor.norm()) for tensor in wanted.values())
+    for name, tensor in wanted.items():
+        error = float((found.gradients[name] - tensor).norm())
+        assert error <= tolerance * (float(tensor.norm()) + 1e-3 * largest), name
+
+
+def trained_norms(model: LanguageModel) -> LanguageModel:
+    """The model with gains unlike one: else the squared last hidden state is constant and its gradient
+    noise."""
+    network = copy.deepcopy(model.network)
+    generator = torch.Generator().manual_seed(3)
+    for module in network.modules():
+        if "norm" in type(module).__name__.lower():
+            module.weight.data += 0.3 * torch.randn(module.weight.shape, generator=generator)
+    return replace(model, network=network)
+
+
+def plain(model: LanguageModel, auto: type, **labels) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A client written as any user of transformers would, in float64, with its own weights and the same
+    head."""
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    config = copy.deepcopy(model.network.config)
+    config.pad_token_id, config.num_labels = tokenizer.pad_token_id, 3
+    client = auto.from_config(config).eval()
+    getattr(client, client.base_model_prefix).load_state_dict(model.network.state_dict())
+    head = {"tiny-bert": "classifier"}.get(model.name, "score")
+    if hasattr(client, head):
+        generator = torch.Generator().manual_seed(0)
+        head = getattr(client, head)
+        head.weight.data = torch.randn(head.weight.shape, generator=generator) * 1e-3
+        if head.bias is not None:
+            head.bias.data.zero_()
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt", padding_side="right")
+    if not labels:
+        labels = {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+    client.double()
+    loss = client(**{k: v for k, v in batch.items() if k != "token_type_ids"}, **labels).loss
+    loss.backward()
+    return client, {n: p.grad for n, p in client.named_parameters() if p.grad is not None}
+
+
+@every(*CAUSAL, "tiny_bert")
+def test_classification_equals_plain_transformers(model: LanguageModel) -> None:
+    client, wanted = plain(model, AutoModelForSequenceClassification, labels=torch.tensor(LABELS))
+    assert_same(client_update(model, TEXTS, LABELS, dtype="float64"), wanted, 1e-9)
+    assert_same(client_update(model, TEXTS, LABELS), wanted, 1e-4)
+    assert set(wanted) == {name for name, _ in client.named_parameters()}
+
+
+@every(*CAUSAL)
+def test_next_token_equals_plain_transformers(model: LanguageModel) -> None:
+    _, wanted = plain(model, AutoModelForCausalLM)
+    found = client_update(model, TEXTS, task="next_token", dtype="float64")
+    assert_same(found, wanted, 1e-5)  # transformers takes this loss in float32 whatever the model's dtype
+    assert_same(client_update(model, TEXTS, task="next_token"), wanted, 1e-4)
+
+
+def test_an_untied_language_head_is_made_and_shared(tiny_llama: LanguageModel) -> None:
+    network = copy.deepcopy(tiny_llama.network)
+    network.config.tie_word_embeddings = False
+    untied = replace(tiny_llama, network=network)
+    update = client_update(untied, TEXTS, task="next_token")
+    assert update.gradients["lm_head.weight"].shape == update.gradients["model.embed_tokens.weight"].shape
+    assert len(update.for_backbone(network)) == len(update.gradients) - 1
+
+
+@every(*CAUSAL)
+@pytest.mark.parametrize("task", ["classification", "next_token"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "frobenius"])
+def test_padding_side_changes_nothing(model: LanguageModel, task: str, loss: str) -> None:
+    model = trained_norms(model)
+    right = client_update(model, TEXTS, task=task, loss=loss, dtype="float64")
+    left = client_update(model, TEXTS, task=task, loss=loss, dtype="float64", padding_side="left")
+    assert_same(left, right.gradients, 1e-6 if task == "next_token" else 1e-10)
+
+
+@every(*CAUSAL, "tiny_bert")
+@pytest.mark.parametrize("loss", ["cross_entropy", "frobenius"])
+def test_a_batch_is_the_mean_of_its_texts_in_any_order(model: LanguageModel, loss: str) -> None:
+    """Neither padding nor neighbours reach a text: no pad enters the gradient."""
+    model = trained_norms(model)
+    options = {"loss": loss, "dtype": "float64"}
+    batch = client_update(model, TEXTS, [0, 1, 1, 0], **options)
+    # Class 1 in each call keeps the head at two classes, with one seed the same head.
+    alone = [
+        client_update(model, [text], [label], **options)
+        for text, label in zip(TEXTS, [0, 1, 1, 0], strict=True)
+    ]
+    mean = {name: sum(update.gradients[name] for update in alone) / len(alone) for name in batch.gradients}
+    assert_same(batch, mean, 1e-9)
+    order = [2, 0, 3, 1]
+    shuffled = client_update(model, [TEXTS[i] for i in order], [[0, 1, 1, 0][i] for i in order], **options)
+    assert_same(shuffled, batch.gradients, 1e-9)
+
+
+def test_a_text_that_ends_in_the_pad_token_is_read_to_its_end(tiny_gpt2: LanguageModel) -> None:
+    """GPT-2 pads with its end-of-text token, and transformers looks for the last token that is not the
+    pad."""
+    texts = ["the dog <eos>", "a cat sat down on it"]
+    batch = client_update(tiny_gpt2, texts, [0, 0], dtype="float64")
+    left = client_update(tiny_gpt2, texts, [0, 0], dtype="float64", padding_side="left")
+    assert_same(left, batch.gradients, 1e-10)
+    position = batch.gradients["transformer.wpe.weight"].norm(dim=1)
+    first = (
+        client_update(tiny_gpt2, texts[:1], [0], dtype="float64")
+        .gradients["transformer.wpe.weight"]
+        .norm(dim=1)
+    )
+    assert (first[:3] > 0).all()
+    assert (position[:6] > 0).all()
+    assert (position[6:] == 0).all()
+
+
+@every(*CAUSAL, "tiny_bert")
+def test_share_restricts_and_the_model_is_left_as_it_was(model: LanguageModel) -> None:
+    weights = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    config = copy.deepcopy(model.network.config)
+    everything = client_update(model, TEXTS).gradients
+    for share in ("attention", list(everything)[3:5], [next(iter(everything))]):
+        some = client_update(model, TEXTS, share=share)
+        assert 0 < len(some.gradients) < len(everything)
+        assert share == "attention" or set(some.gradients) == set(share)
+        assert_same(some, {name: everything[name] for name in some.gradients}, 1e-5)
+    assert all(p.grad is None and not p.requires_grad for p in model.network.parameters())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.network.state_dict().items())
+    assert model.network.config.to_dict() == config.to_dict()
+    assert not model.network.training
+
+
+@pytest.mark.parametrize(
+    ("model", "maps"),
+    [
+        ("tiny_gpt2", ["attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias"]),
+        ("tiny_llama", [f"self_attn.{name}_proj.weight" for name in "qkvo"]),
+        (
+            "tiny_bert",
+            [
+                f"attention.{name}.{leaf}"
+                for name in ("self.query", "self.key", "self.value", "output.dense")
+                for leaf in ("weight", "bias")
+            ],
+        ),
+    ],
+    indirect=["model"],
+)
+def test_share_attention_is_the_linear_maps_of_attention(model: LanguageModel, maps: list[str]) -> None:
+    names = list(client_update(model, TEXTS, share="attention").gradients)
+    block = {"tiny-gpt2": "transformer.h", "tiny-llama": "model.layers", "tiny-bert": "bert.encoder.layer"}[
+        model.name
+    ]
+    assert names == [f"{block}.{index}.{name}" for index in range(3) for name in maps]
+
+
+@every(*CAUSAL, "tiny_bert")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1), ("float16", 0.02)])
+def test_dtypes(model: LanguageModel, dtype: str, tolerance: float) -> None:
+    wanted = client_update(model, TEXTS, dtype="float64").gradients
+    found = client_update(model, TEXTS, dtype=dtype)
+    assert {tensor.dtype for tensor in found.gradients.values()} == {getattr(torch, dtype)}
+    assert all(
+        tensor.device.type == "cpu" and not tensor.requires_grad for tensor in found.gradients.values()
+    )
+    error = sum(
+        float((found.gradients[name].double() - tensor).square().sum()) for name, tensor in wanted.items()
+    )
+    size = sum(float(tensor.square().sum()) for tensor in wanted.values())
+    assert (error / size) ** 0.5 < tolerance
+    assert model.network.dtype == torch.float32
+
+
+def test_rotary_frequencies_keep_float32(tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when transformers loads a checkpoint in bfloat16; rounded frequencies would be another model."""
+    seen = []
+    rotary = type(tiny_llama.network.rotary_emb)
+    forward = rotary.forward
+    monkeypatch.setattr(
+        rotary, "forward", lambda self, *a, **k: seen.append(self.inv_freq) or forward(self, *a, **k)
+    )
+    client_update(tiny_llama, TEXTS, dtype="bfloat16", share="attention")
+    assert all(torch.equal(frequencies, tiny_llama.network.rotary_emb.inv_freq) for frequencies in seen)
+    assert seen
+
+
+def test_the_backbone_is_not_copied(tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+    monkeypatch.setattr(type(tiny_gpt2.network), "__deepcopy__", lambda *_: copied.append(1), raising=False)
+    seen = []
+    handle = tiny_gpt2.network.register_forward_hook(lambda module, *_: seen.append(module))
+    client_update(tiny_gpt2, TEXTS)
+    handle.remove()
+    assert seen == [tiny_gpt2.network]
+    assert not copied
+
+
+def test_labels_and_seed_make_the_head(tiny_gpt2: LanguageModel) -> None:
+    update = client_update(tiny_gpt2, TEXTS, [0, 4, 1, 1])
+    assert update.gradients["score.weight"].shape == (5, 64)
+    default, given = client_update(tiny_gpt2, TEXTS), client_update(tiny_gpt2, TEXTS, [0, 1, 0, 1])
+    other = client_update(tiny_gpt2, TEXTS, seed=1)
+    name = "transformer.h.0.attn.c_attn.weight"
+    assert torch.equal(default.gradients[name], given.gradients[name])
+    assert not torch.allclose(default.gradients[name], other.gradients[name], rtol=0.1)
+    assert (default.kind, default.model) == ("gradient", "tiny-gpt2")
+
+
+def test_one_token_texts_classify(tiny_gpt2: LanguageModel) -> None:
+    update = client_update(tiny_gpt2, ["dog", "cat"])
+    touched = update.gradients["transformer.wte.weight"].norm(dim=1).nonzero().flatten().tolist()
+    assert sorted(touched) == sorted(ids[0] for ids in encode(tiny_gpt2.tokenizer, ["dog", "cat"]))
+
+
+def call_of(model: LanguageModel, **options) -> tuple[tuple, dict]:
+    """What the backbone is called with."""
+    seen = []
+    handle = model.network.register_forward_pre_hook(lambda _, a, k: seen.append((a, k)), with_kwargs=True)
+    client_update(model, TEXTS, share="attention", **options)
+    handle.remove()
+    return seen[0]
+
+
+def test_encode_is_what_the_client_trains_on(tiny_llama_bos: LanguageModel, tiny_bert: LanguageModel) -> None:
+    for model in (tiny_llama_bos, tiny_bert):
+        assert encode(model.tokenizer, TEXTS) == [model.tokenizer(text)["input_ids"] for text in TEXTS]
+        cut = encode(model.tokenizer, TEXTS, max_length=4)
+        assert max(map(len, cut)) == 4
+        args, options = call_of(model, max_length=4)
+        ids, mask = args[0] if args else options["input_ids"], options["attention_mask"]
+        assert [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)] == cut
+    assert encode(tiny_bert.tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "texts", "options", "message"),
+    [
+        ("tiny_gpt2", [], {}, "the batch is empty"),
+        ("tiny_gpt2", "the dog", {}, "list of strings"),
+        ("tiny_gpt2", ["dog", None], {}, "list of strings"),
+        ("tiny_gpt2", ["dog", ""], {}, "text 1 ('') has no tokens"),
+        ("tiny_bert", ["dog", "  "], {}, "text 1 ('  ') has no tokens"),
+        ("tiny_llama_bos", [""], {}, "text 0 ('') has no tokens"),
+        (
+            "tiny_gpt2",
+            ["cat", "dog " * 129],
+            {},
+            "text 1 has 129 tokens and the model 128 positions: max_length=128",
+        ),
+        ("tiny_gpt2", TEXTS, {"labels": [0, 1]}, "2 labels for 4 texts"),
+        ("tiny_gpt2", TEXTS, {"labels": [0, 1, -1, 0]}, "label -1 is negative"),
+        ("tiny_gpt2", TEXTS, {"labels": [0, 1, 0.5, 0]}, "labels must be integers"),
+        (
+            "tiny_gpt2",
+            TEXTS,
+            {"task": "regression"},
+            "task is 'regression': choose one of classification, next_token",
+        ),
+        ("tiny_gpt2", TEXTS, {"loss": "hinge"}, "loss is 'hinge': choose one of cross_entropy, frobenius"),
+        ("tiny_gpt2", TEXTS, {"dtype": "int8"}, "dtype is 'int8': choose one of float32"),
+        ("tiny_gpt2", TEXTS, {"padding_side": "top"}, "padding_side is 'top': choose one of right, left"),
+        ("tiny_gpt2", TEXTS, {"share": "mlp"}, "share is 'mlp': choose all, attention"),
+        ("tiny_gpt2", TEXTS, {"share": []}, "share is '[]': choose all, attention"),
+        ("tiny_gpt2", TEXTS, {"share": ["h.9.x"]}, "share names 'h.9.x'"),
+        (
+            "tiny_gpt2",
+            TEXTS,
+            {"share": ["score.weight"], "loss": "frobenius"},
+            "the loss depends on no parameter",
+        ),
+        ("tiny_gpt2", TEXTS, {"max_length": 0}, "max_length is 0"),
+        ("tiny_bert", TEXTS, {"max_length": 2}, "must exceed the 2 special tokens"),
+        ("tiny_gpt2", ["dog", "cat"], {"task": "next_token"}, "at least two tokens"),
+        ("tiny_bert", TEXTS, {"task": "next_token"}, "needs a causal model and bert is not"),
+        ("tiny_bert", TEXTS, {"padding_side": "left"}, "needs a causal model"),
+    ],
+    indirect=["model"],
+)
+def test_a_mistake_is_named_in_one_line(model: LanguageModel, texts, options: dict, message: str) -> None:
+    with pytest.raises(DagerError) as caught:
+        client_update(model, texts, **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not any(parameter.requires_grad for parameter in model.network.parameters())
+
+
+def test_a_foreign_tokenizer_and_an_overflow_are_named(tiny_gpt2: LanguageModel) -> None:
+    network = copy.deepcopy(tiny_gpt2.network)
+    network.resize_token_embeddings(300)
+    with pytest.raises(DagerError, match="vocabulary 300 rows: tokenizer and model do not belong together"):
+        client_update(replace(tiny_gpt2, network=network), ["young you"])
+    network = copy.deepcopy(tiny_gpt2.network)
+    network.ln_f.weight.data *= 1e4
+    with pytest.raises(DagerError, match=r"in dtype 'float16' .* with bfloat16, float32 or float64"):
+        client_update(replace(tiny_gpt2, network=network), TEXTS, loss="frobenius", dtype="float16")

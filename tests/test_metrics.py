@@ -1,0 +1,190 @@
+"""The matching rule against brute force, what must not change a score, and the conventions for odd texts."""
+
+from collections import Counter
+from itertools import permutations
+from random import Random
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+from dager_tutorial.errors import DagerError
+from dager_tutorial.metrics import score
+from dager_tutorial.models.base import LanguageModel
+from dager_tutorial.reconstruction import Reconstruction
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdef")
+VOCABULARY = {word: index for index, word in enumerate(WORDS)}
+NUMBERS = ("rouge1", "rouge2", "rougeL", "exact", "token_accuracy")
+
+
+def word_model(*, framed: bool) -> LanguageModel:
+    """A model whose tokens are single words, framed by [CLS] and [SEP] or by nothing."""
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]"}
+    if framed:
+        ends = [("[CLS]", VOCABULARY["[CLS]"]), ("[SEP]", VOCABULARY["[SEP]"])]
+        tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "$A $B", ends)
+        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    size = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    config = GPT2Config(vocab_size=len(WORDS), bos_token_id=None, eos_token_id=None, **size)
+    return LanguageModel(
+        "words", GPT2Model(config), PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    )
+
+
+PLAIN = word_model(framed=False)
+FRAMED = word_model(framed=True)
+
+
+def found(*texts: str) -> Reconstruction:
+    """A reconstruction of these token sequences, each written as words."""
+    sequences = tuple(tuple(VOCABULARY[word] for word in text.split()) for text in texts)
+    return Reconstruction(
+        sequences=sequences,
+        texts=texts,
+        scores=(1.0,) * len(texts),
+        status="partial",
+        diagnosis="",
+        seconds={},
+        ranks={},
+        model="words",
+        n_parameters_used=0,
+        peak_rss_mb=0.0,
+    )
+
+
+class Words:
+    def tokenize(self, text):
+        return text.split()
+
+
+def slow_gain(truth: str, recovered: str) -> float:
+    """ROUGE-1 + ROUGE-2 + exact of a pair of texts by rouge-score itself."""
+    rouge = RougeScorer(["rouge1", "rouge2"], tokenizer=Words()).score(truth, recovered)
+    exact = float(truth == recovered)
+    return rouge["rouge1"].fmeasure + (exact if " " not in truth else rouge["rouge2"].fmeasure) + exact
+
+
+def brute_force(truths: list[str], recovered: list[str]) -> float:
+    """The largest gain a text over every way to give each distinct truth a sequence of its own, or none."""
+    counts = Counter(truths)
+    choices = [*recovered, *[""] * len(counts)]
+    best = max(
+        sum(
+            count * slow_gain(truth, choice)
+            for (truth, count), choice in zip(counts.items(), order, strict=False)
+        )
+        for order in set(permutations(choices, len(counts)))
+    )
+    return best / len(truths)
+
+
+texts_of_words = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(" ".join)
+batches = st.lists(texts_of_words, min_size=1, max_size=4)
+reconstructions = st.lists(texts_of_words, max_size=3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches, reconstructions)
+def test_no_assignment_is_better(batch, recovered):
+    result = score(found(*recovered), batch, PLAIN)
+    assert result.rouge1 + result.rouge2 + result.exact == pytest.approx(brute_force(batch, recovered))
+    assert all(0 <= getattr(result, name) <= 1 for name in NUMBERS)
+
+
+@settings(max_examples=75, deadline=None)
+@given(batches, reconstructions, st.randoms(use_true_random=False))
+@example(
+    ["a", "a a", "b a", "b"], ["a", "a", "a a b a"], Random(0)
+)  # two places for the second "a", equally good
+def test_orders_frames_and_strangers_change_nothing(batch, recovered, random):
+    result = score(found(*recovered), batch, PLAIN)
+    places = random.sample(range(len(batch)), len(batch))
+    shuffled = random.sample([*recovered, "f", "d e f"], len(recovered) + 2)
+    again = score(found(*shuffled), [batch[place] for place in places], PLAIN)
+    assert again.to_json() == result.to_json()
+    assert again.pairs == tuple(result.pairs[place] for place in places)
+    framed = score(found(*(f"[CLS] {text} [SEP]" for text in recovered)), batch, FRAMED)
+    expected = result.to_json() | {"n_tokens": result.n_tokens + 2 * len(batch)}
+    assert framed.to_json() == expected
+
+
+@settings(max_examples=75, deadline=None)
+@given(batches)
+def test_next_token_is_classification_without_the_last_token(batch):
+    recovered = found(*(text.rpartition(" ")[0] for text in batch if " " in text))
+    expected = [text.rpartition(" ")[0] for text in batch if " " in text]
+    if not expected:
+        with pytest.raises(DagerError, match="nothing to score"):
+            score(recovered, batch, PLAIN, task="next_token")
+        return
+    result = score(recovered, batch, PLAIN, task="next_token")
+    assert all(getattr(result, name) == 1 for name in NUMBERS)
+    assert (result.batch_size, result.n_tokens) == (len(batch), len(" ".join(batch).split()))
+    assert score(found("a b", "b"), batch, PLAIN, task="next_token").rougeL == (
+        score(found("a b", "b"), expected, PLAIN).rougeL
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "recovered", "expected"),
+    [
+        # three copies come back as one sequence and count three times
+        (["a b", "a b", "a b", "c d"], ["a b"], (0.75, 0.75, 0.75, 0.75, 0.75)),
+        # two places of four right, and one of three pairs of neighbours
+        (["a b c d"], ["a b d c"], (1, 1 / 3, 3 / 4, 0, 1 / 2)),
+        # a token of one text weighs as much as a token of another
+        (["a", "b c d"], ["a"], (1 / 2, 1 / 2, 1 / 2, 1 / 2, 1 / 4)),
+        # one token: no neighbours, so ROUGE-2 is whether it is exact
+        (["a"], ["a b"], (2 / 3, 0, 2 / 3, 0, 1)),
+        # which makes an exact token worth 3, more than four texts that share it
+        (["a", *["a b"] * 4], ["a"], (1 / 5, 1 / 5, 1 / 5, 1 / 5, 1 / 9)),
+        # a repeated word counts as often as it is in both
+        (["a a b"], ["a a a"], (2 / 3, 1 / 2, 2 / 3, 0, 2 / 3)),
+        # the exact match outweighs the text that it would also help
+        (["a b", "a c"], ["a c"], (1 / 2, 1 / 2, 1 / 2, 1 / 2, 1 / 2)),
+        (["a b"], [], (0, 0, 0, 0, 0)),
+        (["a b"], [""], (0, 0, 0, 0, 0)),
+    ],
+)
+def test_by_hand(batch, recovered, expected):
+    result = score(found(*recovered), batch, PLAIN)
+    assert [getattr(result, name) for name in NUMBERS] == pytest.approx(list(expected))
+
+
+def test_special_tokens_earn_nothing_but_an_unknown_word_is_content():
+    frame_only = score(found("[CLS] [SEP]"), ["a b"], FRAMED)
+    assert frame_only.pairs == (("a b", ""),)
+    assert [getattr(frame_only, name) for name in NUMBERS] == [0] * 5
+    unframed = score(found("a b"), ["a b"], FRAMED)
+    assert (unframed.rouge2, unframed.exact, unframed.token_accuracy) == (1, 0, 0)
+    assert score(found("[CLS] [UNK] [SEP]"), ["zebra"], FRAMED).exact == 1
+
+
+def test_truncated_as_the_client_truncates():
+    result = score(found("a b"), ["a b c d"], PLAIN, max_length=2)
+    assert (result.exact, result.n_tokens, result.hidden_size, result.pairs) == (
+        1,
+        2,
+        8,
+        (("a b c d", "a b"),),
+    )
+    assert "pairs" not in result.to_json()
+
+
+@pytest.mark.parametrize(
+    ("batch", "task", "line"),
+    [
+        ([], "classification", "batch is empty"),
+        (["a"], "regression", "regression"),
+        (["a"], "next_token", "nothing"),
+    ],
+)
+def test_errors(batch, task, line):
+    with pytest.raises(DagerError, match=line):
+        score(found("a"), batch, PLAIN, task=task)
