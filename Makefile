@@ -32,8 +32,9 @@ demo: setup ## Watch a real language model's gradient give up eight private note
 test: setup ## Run the tests and the examples in the docstrings.
 	$(BIN)/python -m pytest
 
-bench: setup ## Time the attack against the textbook version (MODEL, BATCH, DATA, SEED).
+bench: setup ## Time the attack: against the textbook version, and as batches grow (MODEL, BATCH, DATA, SEED).
 	$(BIN)/dager bench decoder --model $(MODEL) --batch-size $(BATCH) --data $(DATA) --seed $(SEED)
+	$(BIN)/dager bench scaling --model $(MODEL) --data $(DATA) --seed $(SEED)
 
 lint: setup ## Check style, formatting and types.
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from torch import Tensor
 from .decoder import PrefixSearch, Tree
 from .errors import DagerError
 from .models import LanguageModel, adapter_for
-from .models.base import ATTENTION_OUTPUT, MLP, QKV, Adapter, DecoderAdapter, Tap
+from .models.base import ATTENTION_OUTPUT, MLP, QKV, QUERY, Adapter, DecoderAdapter, Tap
 from .reconstruction import Reconstruction
 from .rounding import rounding_errors
 from .sentences import Texts, whole_texts
@@ -145,8 +145,7 @@ def attack(
     evidence = evidence_of(model, update)
     if not isinstance(evidence.adapter, DecoderAdapter):
         raise DagerError(f"model {model.name!r} is an encoder: its search is not part of this version; use a causal model")
-    run = _Run(model, evidence.adapter, evidence, config, progress)
-    return run.reconstruction(begin)
+    return _Run(model, evidence.adapter, evidence, config, progress, begin).reconstruction()
 
 
 @dataclass
@@ -158,13 +157,14 @@ class _Run:
     evidence: Evidence
     config: AttackConfig
     progress: Progress | None
+    begin: float
     seconds: dict[str, float] = field(default_factory=lambda: {"subspace": 0.0, "filter": 0.0, "search": 0.0})
 
-    def reconstruction(self, begin: float) -> Reconstruction:
+    def reconstruction(self) -> Reconstruction:
         tree, texts, status, diagnosis = self.search()
         sequences = [tree.nodes[index].tokens for index in texts.nodes]
         self.seconds["subspace"] = self.evidence.seconds
-        self.seconds["total"] = time.perf_counter() - begin
+        self.seconds["total"] = time.perf_counter() - self.begin
         return Reconstruction(
             sequences=tuple(sequences),
             texts=tuple(self.model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in sequences),
@@ -191,8 +191,9 @@ class _Run:
         self.seconds["filter"] = time.perf_counter() - start
         if not candidates.count:
             return *nothing, "no_candidates", "no token of the vocabulary lies in the span of block 0: another model, or too much noise"
-        last = self.evidence.span(self.adapter.num_blocks - 1, ATTENTION_OUTPUT)
+        last = self._last_spans()
         start, before = time.perf_counter(), self.evidence.seconds
+        budget = self.config.time_budget
         expected = expected_rows(spans.values())
         tree = PrefixSearch(
             self.adapter,
@@ -200,11 +201,11 @@ class _Run:
             candidates,
             expected_rows=expected,
             memory=self.config.memory_mb * 2**20,
+            deadline=None if budget is None else self.begin + budget,
             seed=self.config.seed,
             progress=self._report("search"),
         ).run()
-        tap = self.adapter.tap(self.adapter.num_blocks - 1, ATTENTION_OUTPUT)
-        texts = whole_texts(self.adapter, tree, tap, last)
+        texts = whole_texts(self.adapter, tree, last)
         self.seconds["search"] = time.perf_counter() - start - (self.evidence.seconds - before)
         status, diagnosis = verdict(tree, texts, expected)
         return tree, texts, status, diagnosis
@@ -218,6 +219,12 @@ class _Run:
             if span is not None:
                 spans[0, MLP] = span
         return spans
+
+    def _last_spans(self) -> dict[Tap, Span]:
+        """Spans that tell where texts end: of the last block, as far as it was shared and is not full."""
+        block = self.adapter.num_blocks - 1
+        spans = {self.adapter.tap(block, kind): self.evidence.span(block, kind) for kind in (ATTENTION_OUTPUT, QUERY)}
+        return {tap: span for tap, span in spans.items() if span is not None and not span.saturated}
 
     def _report(self, stage: str) -> Callable[[int, int | None], None] | None:
         progress = self.progress

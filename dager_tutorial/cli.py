@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich import box
 from rich.console import Console, RenderableType
+from rich.table import Table
 
 from . import __version__, display
 from .errors import DagerError
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .update import Update
 
 BATCH_SIZE = 8  # texts drawn from --data where --batch-size is not given
+SCALING = (1, 2, 4, 8, 16, 32)  # batch sizes of `bench scaling` where none is given
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -316,6 +319,31 @@ def decoder(
     _finish(json_file, record, display.facts(record))
 
 
+@bench.command()
+def scaling(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", help="Texts by name, or a TSV file.")],
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option("--batch-size", min=1, help="Number of texts; repeat it. 1, 2, 4, ... 32 by default."),
+    ] = None,
+    json_file: Json = None,
+    seed: Seed = 0,
+    model_seed: ModelSeed = 0,
+    device: Device = "cpu",
+    blocks: Blocks = None,
+    threads: Threads = None,
+) -> None:
+    """Time the decoder attack on growing batches."""
+    batches = [_batch(data, size, seed, None, None) for size in batch_size or SCALING]
+    language_model = _open(model, device, model_seed, blocks, threads)
+    from .benchmark import bench_scaling
+
+    with display.progress(Console(stderr=True)) as advance:
+        runs = [run.to_json() for run in bench_scaling(language_model, batches, progress=advance)]
+    _finish(json_file, {"model": model, "runs": runs}, _scaling_table(runs))
+
+
 @models.callback(invoke_without_command=True)
 def list_models(context: typer.Context, json_file: Json = None) -> None:
     """List the models that come by name, or export one as a Hugging Face folder."""
@@ -433,6 +461,21 @@ def _read_result(path: Path) -> Reconstruction:
         raise DagerError(
             f"{path}: is no result of dager recover --json ({error!r}); write it again"
         ) from error
+
+
+def _scaling_table(runs: list[dict[str, Any]]) -> Table:
+    """One row a batch: its size, the attack's seconds by stage, and what came of it."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="dim")
+    titles = ("texts", "tokens", "prefixes", *display.STAGES, "seconds", "exact %")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    for run in runs:
+        sizes = (str(run[name]) for name in ("batch_size", "n_tokens", "distinct_prefixes"))
+        stages = (run["fast_stage_seconds"].get(stage, 0.0) for stage in display.STAGES)
+        seconds = (f"{duration:.2f}" for duration in (*stages, run["fast_seconds"]))
+        table.add_row(*sizes, *seconds, f"{100 * run['exact']:.1f}", run["status"])
+    return table
 
 
 def _shown(found: Reconstruction) -> tuple[RenderableType, ...]:

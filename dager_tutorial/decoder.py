@@ -5,12 +5,14 @@ prefix with one more token is tried by a cascade of span tests, cheapest first: 
 map (no MLP needed, decided on a few directions of the complement), the input of block 0's MLP, then block 1's queries,
 keys and values. Keys and values of accepted prefixes are kept, so that nothing is computed twice.
 
-With rotary positions a first token repeated ([A], [A, A], ...) has the same state at every length. Such a chain is
-followed only while the gradient still holds something unexplained.
+With rotary positions a first token repeated ([A], [A, A], ...) has the same state at every length, so that every length
+passes. Such chains are put aside and followed afterwards, and only while the gradient holds something unexplained.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -23,8 +25,8 @@ from .subspace import Span
 from .token_filter import Candidates
 
 SCREEN_DIRECTIONS = 32
-# How far a repeated first token is followed when nothing else tells how often it stands there.
-LONGEST_REPEAT = 512
+# How far a repeated first token is followed: while a clear rank says that rows are missing, and where none does.
+LONGEST_REPEAT, LONGEST_REPEAT_IN_NOISE = 512, 16
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,50 @@ class Tree:
 
 @dataclass
 class _Front:
-    """The prefixes of the current length with their cached keys and values in block 0."""
+    """Prefixes of one length, with what is cached of their tokens in block 0.
 
-    indices: list[int]
-    keys: Tensor  # prefixes x length x key heads x width
+    Attributes:
+        nodes: Their indices in the tree.
+        starts: int64, prefixes: position of each first token.
+        keys: float32, prefixes x length x key heads x width.
+        values: Like `keys`.
+        seen: float32, prefixes x length x heads x directions: the values' contributions to the screening directions.
+    """
+
+    nodes: list[int]
+    starts: Tensor
+    keys: Tensor
     values: Tensor
-    starts: Tensor  # int64, prefixes
+    seen: Tensor
+
+    def take(self, places: list[int]) -> _Front:
+        """The front of some of its prefixes."""
+        rows = torch.tensor(places, dtype=torch.long, device=self.keys.device)
+        nodes = [self.nodes[place] for place in places]
+        return _Front(nodes, self.starts[rows], self.keys[rows], self.values[rows], self.seen[rows])
+
+
+@dataclass(frozen=True)
+class _Extension:
+    """All candidates of one position, as block 0 sees them.
+
+    Attributes:
+        position: The position.
+        tokens: int64, candidates.
+        hidden: float32, candidates x hidden size, before block 0.
+        query: float32, candidates x heads x width.
+        key: float32, candidates x key heads x width.
+        value: Like `key`.
+        seen: float32, candidates x heads x directions: the value's contribution to the screening directions.
+    """
+
+    position: int
+    tokens: Tensor
+    hidden: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    seen: Tensor
 
 
 class PrefixSearch:
@@ -93,12 +133,13 @@ class PrefixSearch:
 
     Args:
         adapter: The architecture.
-        spans: Spans of the taps (block, kind) that were shared; saturated ones are of no use here.
+        spans: Spans of the taps (block, kind) that were shared.
         candidates: Tokens that may stand at each position.
         expected_rows: The number of distinct prefixes, where a clear rank tells it, else None.
         memory: Bytes that intermediate results may take.
+        deadline: Value of `time.perf_counter` after which the search stops, or None.
         seed: Seed of the screening directions.
-        progress: Called with the number of prefixes confirmed so far and None.
+        progress: Called with the number of prefixes confirmed so far and the expected number, or None.
     """
 
     def __init__(
@@ -109,112 +150,147 @@ class PrefixSearch:
         *,
         expected_rows: int | None,
         memory: int,
+        deadline: float | None = None,
         seed: int = 0,
         progress: Callable[[int, int | None], None] | None = None,
     ) -> None:
         self.adapter, self.candidates, self.memory = adapter, candidates, memory
-        self.expected_rows, self.progress = expected_rows, progress
+        self.expected_rows, self.deadline, self.progress = expected_rows, deadline, progress
         self.attention = spans.get((0, ATTENTION_OUTPUT))
         self.mlp = spans.get((0, MLP))
         self.next_block = spans.get((1, QKV)) if adapter.num_blocks > 1 else None
         self.rotary = candidates.every_position
         self.tree = Tree()
+        count = SCREEN_DIRECTIONS if self.attention is not None else 0
+        width = adapter.num_heads * adapter.head_width
+        directions = torch.zeros(width, 0, device=adapter.first_input.tokens.device)
         if self.attention is not None:
-            generator = torch.Generator().manual_seed(seed)
-            directions = self.attention.screen(SCREEN_DIRECTIONS, generator)
-            self.directions = directions.unflatten(0, (adapter.num_heads, adapter.head_width))
+            directions = self.attention.screen(count, torch.Generator().manual_seed(seed))
+        self.directions = directions.unflatten(0, (adapter.num_heads, adapter.head_width))
+
+    @property
+    def late(self) -> bool:
+        """True once the deadline has passed."""
+        return self.deadline is not None and time.perf_counter() > self.deadline
 
     @torch.no_grad()
     def run(self) -> Tree:
-        """Grow until no prefix can be extended, or the rest is only repeats and every row is explained."""
-        front = self._empty_front()
-        for position in range(self.adapter.max_positions):
-            front = self._step(front, position)
-            if self.progress:
-                self.progress(len(self.tree.nodes), None)
-            if not front.indices and not self._later_starts(position):
-                break
-            if self._only_repeats(front, position):
-                break
+        """Grow until no prefix can be extended; then follow repeated first tokens if something is unexplained."""
+        chains = self._grow(self._empty_front(), 0)
+        position = 1
+        while chains is not None and chains.nodes and position < self._longest_repeat() and not self._explained():
+            position += 1
+            chains = self._grow(chains, position)
         return self.tree
 
-    def _later_starts(self, position: int) -> bool:
-        return not self.rotary and position + 1 < len(self.candidates.tokens)
+    def _explained(self) -> bool:
+        return self.late or (self.expected_rows is not None and self.tree.distinct_rows() >= self.expected_rows)
 
-    def _only_repeats(self, front: _Front, position: int) -> bool:
-        """True where just chains of a repeated first token go on and there is no reason to follow them."""
-        if not front.indices or not all(self.tree.nodes[index].repeats for index in front.indices):
-            return False
-        explained = self.expected_rows is not None and self.tree.distinct_rows() >= self.expected_rows
-        return explained or position >= LONGEST_REPEAT
+    def _longest_repeat(self) -> int:
+        limit = LONGEST_REPEAT if self.expected_rows is not None else LONGEST_REPEAT_IN_NOISE
+        return min(limit, self.adapter.max_positions - 1)
+
+    def _grow(self, front: _Front, position: int) -> _Front | None:
+        """Grow a front from a position to the end; returns the repeats one token longer than the front, put aside."""
+        aside: _Front | None = None
+        while position < self.adapter.max_positions and not self.late:
+            if position and not front.nodes and (self.rotary or position >= len(self.candidates.tokens)):
+                break
+            grown = self._step(front, position)
+            repeats = [place for place, node in enumerate(grown.nodes) if self.tree.nodes[node].repeats]
+            if repeats:
+                aside = grown.take(repeats) if aside is None else aside
+                grown = grown.take([place for place in range(len(grown.nodes)) if place not in set(repeats)])
+            front = grown
+            position += 1
+            if self.progress:
+                self.progress(self.tree.distinct_rows(), self.expected_rows)
+        return aside
 
     def _empty_front(self) -> _Front:
         adapter = self.adapter
         device = adapter.first_input.tokens.device
         cache = torch.empty(0, 0, adapter.num_key_heads, adapter.head_width, device=device)
-        return _Front([], cache, cache, torch.empty(0, dtype=torch.long, device=device))
+        seen = torch.empty(0, 0, adapter.num_heads, self.directions.shape[2], device=device)
+        return _Front([], torch.empty(0, dtype=torch.long, device=device), cache, cache, seen)
+
+    def _extension(self, position: int) -> _Extension:
+        adapter = self.adapter
+        tokens = self.candidates.at(position)
+        hidden = adapter.embed(tokens, position)
+        query, key, value = adapter.project(0, adapter.attention_input(0, hidden), position)
+        groups = adapter.num_heads // adapter.num_key_heads
+        seen = torch.einsum("chw,hwn->chn", value.repeat_interleave(groups, 1), self.directions)
+        return _Extension(position, tokens, hidden, query, key, value, seen)
 
     def _step(self, front: _Front, position: int) -> _Front:
         """Extend every prefix by every candidate of a position, and begin new ones where texts may begin."""
-        adapter = self.adapter
-        tokens = self.candidates.at(position)
-        if not len(tokens):
+        if not len(self.candidates.at(position)):
             return self._empty_front()
-        hidden = adapter.embed(tokens, position)
-        query, key, value = adapter.project(0, adapter.attention_input(0, hidden), position)
-        rows: list[tuple[int | None, Tensor, Tensor]] = []
+        extension = self._extension(position)
+        pairs, ratios = [], []
         if position == 0 or not self.rotary:
-            everyone = torch.arange(len(tokens), device=tokens.device)
-            rows.append(self._confirm(None, front, everyone, hidden, query, key, value))
-        for place in range(len(front.indices)):
-            chosen = self._screened(front, place, query, key, value)
-            if len(chosen):
-                rows.append(self._confirm(place, front, chosen, hidden, query, key, value))
-        return self._grown(front, position, tokens, key, value, rows)
+            alone = torch.arange(len(extension.tokens), device=extension.tokens.device)
+            alone = torch.stack([torch.full_like(alone, -1), alone], 1)
+            passed, ratio = self._confirm(front, extension, alone)
+            pairs.append(passed)
+            ratios.append(ratio)
+        if front.nodes:
+            passed, ratio = self._confirm(front, extension, self._screened(front, extension))
+            pairs.append(passed)
+            ratios.append(ratio)
+        return self._grown(front, extension, torch.cat(pairs), torch.cat(ratios))
 
-    def _screened(self, front: _Front, place: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Candidates (int64 indices) whose attention output may lie in the span after one prefix."""
-        everyone = torch.arange(len(query), device=query.device)
-        if self.attention is None:
-            return everyone
-        adapter, span = self.adapter, self.attention
-        start = int(front.starts[place])
-        keys, values = front.keys[place, start:], front.values[place, start:]
-        window = adapter.window(0)
-        if window is not None:
-            keys, values = keys[max(0, len(keys) - window + 1) :], values[max(0, len(values) - window + 1) :]
-        groups = adapter.num_heads // adapter.num_key_heads
-        split = self.directions.unflatten(0, (adapter.num_key_heads, groups))
-        seen = torch.einsum("lkw,kgwn->kgln", values, split)
-        own = torch.einsum("ckw,kgwn->kgcn", value, split)
-        grouped = query.unflatten(1, (adapter.num_key_heads, groups))
-        scores = torch.einsum("ckgw,lkw->kgcl", grouped, keys)
-        own_score = torch.einsum("ckgw,ckw->kgc", grouped, key)
-        weights = (torch.cat([scores, own_score[..., None]], -1) * adapter.scaling(0)).softmax(-1)
-        mixed = torch.einsum("kgcl,kgln->cn", weights[..., :-1], seen)
-        mixed += torch.einsum("kgc,kgcn->cn", weights[..., -1], own)
-        largest = max(values.square().sum((1, 2)).max().item(), value.square().sum((1, 2)).max().item()) * groups
-        return everyone[mixed.square().sum(1) <= 4 * span.worst**2 * largest]
+    def _screened(self, front: _Front, extension: _Extension) -> Tensor:
+        """Pairs (count x 2, int64: prefix, candidate) whose attention output may lie in the span."""
+        everyone = torch.ones(len(front.nodes), len(extension.tokens), dtype=torch.bool, device=front.keys.device)
+        if self.attention is not None:
+            largest = max(front.values.square().sum((2, 3)).max().item(), extension.value.square().sum((1, 2)).max().item())
+            largest *= self.adapter.num_heads // self.adapter.num_key_heads
+            limit = 4 * self.attention.worst**2 * largest
+            length = front.keys.shape[1] + 1
+            entry = 12 * self.adapter.num_heads * len(extension.tokens) * length
+            for places in torch.arange(len(front.nodes), device=front.keys.device).split(max(1, self.memory // entry)):
+                everyone[places] = self._residuals(front, extension, places) <= limit
+        return everyone.nonzero()
 
-    def _confirm(
-        self, place: int | None, front: _Front, chosen: Tensor, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[int | None, Tensor, Tensor]:
-        """Run the cascade exactly for one prefix (None: no prefix) and some candidates; returns (place, kept, ratios)."""
+    def _residuals(self, front: _Front, extension: _Extension, places: Tensor) -> Tensor:
+        """Squared screened residuals (prefixes x candidates, float32) of the attention output of every pair."""
         adapter = self.adapter
-        length = 1 if place is None else front.keys.shape[1] + 1
-        entry = 4 * (2 * length * adapter.num_key_heads * adapter.head_width + 12 * adapter.hidden_size)
-        kept, ratios = [chosen[:0]], [torch.empty(0, device=chosen.device)]
-        for part in chosen.split(max(1, self.memory // entry)):
-            keys, values = key[part, None], value[part, None]
-            if place is not None:
-                start = int(front.starts[place])
-                keys = torch.cat([front.keys[place, start:].expand(len(part), -1, -1, -1), keys], 1)
-                values = torch.cat([front.values[place, start:].expand(len(part), -1, -1, -1), values], 1)
-            attended = attend(adapter, 0, query[part], keys, values)
-            passed, ratio = self._cascade(hidden[part], attended)
+        groups = adapter.num_heads // adapter.num_key_heads
+        window = adapter.window(0)
+        first = 0 if window is None else max(0, front.keys.shape[1] - window + 1)
+        keys, seen = front.keys[places, first:], front.seen[places, first:]
+        query = extension.query.unflatten(1, (adapter.num_key_heads, groups))
+        scores = torch.einsum("ckgw,alkw->ackgl", query, keys)
+        own = torch.einsum("ckgw,ckw->ckg", query, extension.key).expand(len(places), -1, -1, -1)
+        weights = torch.cat([scores, own[..., None]], -1) * adapter.scaling(0)
+        hidden = torch.arange(first, front.keys.shape[1], device=keys.device) < front.starts[places, None]
+        weights[..., :-1].masked_fill_(hidden[:, None, None, None], -math.inf)
+        weights = weights.softmax(-1).flatten(2, 3)
+        mixed = weights[..., :-1].flatten(2) @ seen.transpose(1, 2).flatten(1, 2)
+        mixed += torch.einsum("ach,chn->acn", weights[..., -1], extension.seen)
+        return mixed.square().sum(2)
+
+    def _confirm(self, front: _Front, extension: _Extension, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the cascade exactly on pairs (prefix, candidate; prefix -1 for none); returns those that pass and their ratios."""
+        adapter = self.adapter
+        length = front.keys.shape[1] + 1
+        entry = 4 * (4 * length * adapter.num_heads * adapter.head_width + 12 * adapter.hidden_size)
+        kept, ratios = [pairs[:0]], [torch.empty(0, device=pairs.device)]
+        for part in pairs.split(max(1, self.memory // entry)):
+            place, choice = part.unbind(1)
+            keys, values = extension.key[choice, None], extension.value[choice, None]
+            starts = None
+            if len(front.nodes) and len(part) and int(place[0]) >= 0:
+                keys = torch.cat([front.keys[place], keys], 1)
+                values = torch.cat([front.values[place], values], 1)
+                starts = front.starts[place]
+            attended = attend(adapter, 0, extension.query[choice], keys, values, starts)
+            passed, ratio = self._cascade(extension.hidden[choice], attended)
             kept.append(part[passed])
             ratios.append(ratio)
-        return place, torch.cat(kept), torch.cat(ratios)
+        return torch.cat(kept), torch.cat(ratios)
 
     def _cascade(self, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """Indices (int64) of the rows that pass every test that can be made, and their largest ratios (float32)."""
@@ -240,37 +316,36 @@ class PrefixSearch:
             test(self.next_block, adapter.attention_input(1, hidden))
         return passed, worst
 
-    def _grown(
-        self,
-        front: _Front,
-        position: int,
-        tokens: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rows: list[tuple[int | None, Tensor, Tensor]],
-    ) -> _Front:
-        """Enter accepted prefixes into the tree and build the next front."""
-        indices, starts, keys, values = [], [], [], []
-        for place, kept, ratios in rows:
-            for choice, ratio in zip(kept.tolist(), ratios.tolist(), strict=True):
-                indices.append(self._enter(front, place, position, int(tokens[choice]), ratio))
-                if place is None:
-                    starts.append(position)
-                    past_keys, past_values = (x.new_zeros(position, *x.shape[1:]) for x in (key, value))
-                else:
-                    starts.append(int(front.starts[place]))
-                    past_keys, past_values = front.keys[place], front.values[place]
-                keys.append(torch.cat([past_keys, key[choice, None]]))
-                values.append(torch.cat([past_values, value[choice, None]]))
-        if not indices:
+    def _grown(self, front: _Front, extension: _Extension, pairs: Tensor, ratios: Tensor) -> _Front:
+        """Enter accepted pairs into the tree and build the next front."""
+        if not len(pairs):
             return self._empty_front()
-        return _Front(indices, torch.stack(keys), torch.stack(values), torch.tensor(starts, device=tokens.device))
+        place, choice = pairs.unbind(1)
+        nodes = [
+            self._enter(front, index, extension.position, token, ratio)
+            for index, token, ratio in zip(
+                place.tolist(), extension.tokens[choice].tolist(), ratios.tolist(), strict=True
+            )
+        ]
+        starts = torch.full_like(place, extension.position)
+        old = place >= 0
+        starts[old] = front.starts[place[old]]
 
-    def _enter(self, front: _Front, place: int | None, position: int, token: int, ratio: float) -> int:
-        parent = None if place is None else front.indices[place]
-        if parent is None:
+        def longer(past: Tensor, new: Tensor) -> Tensor:
+            cache = new.new_zeros(len(pairs), extension.position + 1, *new.shape[1:])
+            if bool(old.any()):
+                cache[old, :-1] = past[place[old]]
+            cache[:, -1] = new[choice]
+            return cache
+
+        keys, values = longer(front.keys, extension.key), longer(front.values, extension.value)
+        return _Front(nodes, starts, keys, values, longer(front.seen, extension.seen))
+
+    def _enter(self, front: _Front, place: int, position: int, token: int, ratio: float) -> int:
+        if place < 0:
             node = Node((token,), position, ratio, None, repeats=False)
         else:
+            parent = front.nodes[place]
             before = self.tree.nodes[parent]
             chain = self.rotary and before.tokens[0] == token and (before.repeats or len(before.tokens) == 1)
             node = Node((*before.tokens, token), before.start, max(ratio, before.ratio), parent, repeats=chain)

@@ -18,7 +18,9 @@ from .models.base import ATTENTION_OUTPUT, MLP, QKV, DecoderAdapter, Tap
 PROBE_TEXTS, PROBE_LENGTH = 8, 4
 
 
-def attend(adapter: DecoderAdapter, block: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attend(
+    adapter: DecoderAdapter, block: int, query: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None = None
+) -> Tensor:
     """Attention of one query per text over its keys, the causal window applied.
 
     Args:
@@ -27,17 +29,20 @@ def attend(adapter: DecoderAdapter, block: int, query: Tensor, keys: Tensor, val
         query: rows x heads x width.
         keys: rows x length x key heads x width, the query's own key last.
         values: Like `keys`.
+        starts: int64, rows: how many of the first keys are not part of the text; None for none.
 
     Returns:
         rows x (heads * width), the input of the attention's output map.
     """
     window = adapter.window(block)
-    if window is not None:
-        keys, values = keys[:, -window:], values[:, -window:]
+    first = 0 if window is None else max(0, keys.shape[1] - window)
     groups = adapter.num_heads // adapter.num_key_heads
     query = query.unflatten(1, (adapter.num_key_heads, groups))
-    scores = torch.einsum("rkgw,rlkw->rkgl", query, keys) * adapter.scaling(block)
-    return torch.einsum("rkgl,rlkw->rkgw", scores.softmax(-1), values).flatten(1)
+    scores = torch.einsum("rkgw,rlkw->rkgl", query, keys[:, first:]) * adapter.scaling(block)
+    if starts is not None:
+        hidden = torch.arange(first, keys.shape[1], device=keys.device) < starts[:, None]
+        scores = scores.masked_fill(hidden[:, None, None], -math.inf)
+    return torch.einsum("rkgl,rlkw->rkgw", scores.softmax(-1), values[:, first:]).flatten(1)
 
 
 def rounding_errors(adapter: DecoderAdapter, dtype: torch.dtype, blocks: int, seed: int = 0) -> dict[Tap, float]:

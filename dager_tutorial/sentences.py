@@ -1,20 +1,21 @@
 """Which confirmed prefixes are whole texts.
 
 The tree of prefixes shows where texts end only at its leaves; a text that is a prefix of another ends inside it. The
-last block tells: a loss that reads only each text's last token leaves, in the output map of the last block's attention,
-gradient rows of exactly these tokens (chapter 4). Where every token carries a loss, as in next-token training, all prefixes
-pass, and the leaves are what can be said.
+last block tells: where a loss reads only each text's last token, the last block's queries and the output map of its
+attention have gradient rows of exactly these tokens (chapter 4). Where every token carries a loss, as in next-token training,
+all prefixes pass, and the leaves are what can be said.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .decoder import Tree
-from .models.base import DecoderAdapter, Tap
+from .models.base import QUERY, DecoderAdapter, Tap
 from .subspace import Span
 
 # Tokens that go through the whole network at once.
@@ -34,21 +35,19 @@ class Texts:
     confirmed: tuple[bool, ...]
 
 
-def whole_texts(adapter: DecoderAdapter, tree: Tree, tap: Tap | None, span: Span | None) -> Texts:
+def whole_texts(adapter: DecoderAdapter, tree: Tree, last: Mapping[Tap, Span]) -> Texts:
     """Decide which prefixes of the tree are whole texts.
 
     Args:
         adapter: The architecture.
         tree: The confirmed prefixes.
-        tap: A tap of the last block whose gradient was shared, or None.
-        span: Its span, or None.
+        last: Spans of the last block's query and attention output taps, as far as they were shared.
     """
     leaves = tree.leaves()
-    if tap is None or span is None or not leaves:
+    if not last or not leaves:
         return Texts(tuple(leaves), (True,) * len(leaves))
-    ratios = _last_block_ratios(adapter, tree, leaves, tap, span)
-    ends = {index for index, ratio in ratios.items() if ratio <= span.bound}
-    if len(ends) == len(ratios) or not ends:
+    ends, inside = _ends(adapter, tree, leaves, last)
+    if not inside or not ends:
         return Texts(tuple(leaves), (bool(ends),) * len(leaves))
     # A leaf that is no end is a text cut short, unless a text ends on the way to it: then it is a stray extension.
     cut = [leaf for leaf in leaves if leaf not in ends and not ends & set(_ancestors(tree, leaf))]
@@ -66,8 +65,8 @@ def _ancestors(tree: Tree, index: int) -> list[int]:
     return path[::-1]
 
 
-def _last_block_ratios(adapter: DecoderAdapter, tree: Tree, leaves: list[int], tap: Tap, span: Span) -> dict[int, float]:
-    """Ratio of every real prefix in the last block, by one forward pass over the leaves."""
+def _ends(adapter: DecoderAdapter, tree: Tree, leaves: list[int], last: Mapping[Tap, Span]) -> tuple[set[int], set[int]]:
+    """Prefixes that the last block has rows of, and those it has not, by one forward pass over the leaves."""
     ratios: dict[int, float] = {}
     device = adapter.first_input.tokens.device
     longest = max(len(tree.nodes[leaf].tokens) for leaf in leaves)
@@ -75,10 +74,23 @@ def _last_block_ratios(adapter: DecoderAdapter, tree: Tree, leaves: list[int], t
         paths = [_ancestors(tree, leaf) for leaf in group.tolist()]
         ids, mask = _padded([tree.nodes[path[-1]].tokens for path in paths], device)
         starts = torch.tensor([tree.nodes[path[-1]].start for path in paths], device=device)
-        vectors = adapter.tap_inputs(ids, mask, [tap], starts=starts)[tap]
-        for path, rows in zip(paths, vectors, strict=True):
-            ratios.update(zip(path, span.ratio(rows[: len(path)]).tolist(), strict=True))
-    return ratios
+        worst = torch.zeros(mask.shape, device=device)
+        for tap, vectors in adapter.tap_inputs(ids, mask, last, starts=starts).items():
+            ratio = last[tap].ratio(vectors.flatten(0, 1)).view_as(worst) / last[tap].bound
+            if tap.kind == QUERY:  # a softmax over one key is constant: a first token has no query gradient
+                ratio[:, 0] = 0
+            worst = torch.maximum(worst, ratio)
+        for path, row in zip(paths, worst.tolist(), strict=True):
+            ratios.update(zip(path, row[: len(path)], strict=True))
+    ends = {index for index, ratio in ratios.items() if ratio <= 1}
+    ends -= _surplus_first_tokens(tree, ends, ratios, max(span.rank for span in last.values()))
+    return ends, set(ratios) - ends
+
+
+def _surplus_first_tokens(tree: Tree, ends: set[int], ratios: Mapping[int, float], rank: int) -> set[int]:
+    """First tokens that cannot all be texts: trained models give all of them nearly one state, and ends are no more than the rank."""
+    first = sorted((index for index in ends if tree.nodes[index].parent is None), key=lambda index: ratios[index])
+    return set(first[max(0, rank - (len(ends) - len(first))) :])
 
 
 def _padded(sequences: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ MISS_RATE = 1e-6
 MODEL_ERROR = 4.0
 # A gap between neighbouring singular values that noise alone does not produce, and how uneven rounding noise is.
 CLEAR_GAP = 30.0
+# Rounding errors of a gradient's sums are some times those of its storage; more than this is noise of another kind.
+UNEVEN_ROUNDING = 100.0
 # Vectors are projected in float32, which is exact to about this share of their length.
 PROJECTION_ERROR = 2.0**-23
 
@@ -213,8 +215,8 @@ def span_of(
 ) -> Span | None:
     """Read the span of a layer's inputs off its gradient.
 
-    The gradient's outputs are first scaled to equal noise: rounding noise is proportional to an output's gradient,
-    noise that was added is not, and what is left outside a first estimate of the span tells which.
+    The gradient's outputs are first scaled to equal noise: rounding noise is proportional to an output's gradient;
+    noise that was added is not, and shows in what is left outside a first estimate of the span.
 
     Args:
         gradient: float64, outputs x inputs; each row is a combination of the layer's input vectors plus noise.
@@ -231,24 +233,21 @@ def span_of(
         >>> span_of(gradient.float().double()).rank
         5
     """
-    norms = gradient.norm(dim=1)
-    gradient = gradient[norms > 0]
+    gradient = gradient[gradient.norm(dim=1) > 0]
     if not len(gradient):
         return None
-    gradient = gradient / gradient.norm(dim=1).max()
-    scaled = gradient / row_noise(gradient, precision)[:, None]
-    values, directions = right_singular(scaled)
-    rank = numerical_rank(values, len(scaled), rounding_floor(scaled, precision))
+    # Rounding: noise in proportion to each output's gradient. Where much more is left, it is measured instead.
+    scaled = gradient / gradient.norm(dim=1, keepdim=True)
+    values, directions, rank, floor = _decompose(scaled, precision)
+    if rank < len(values) and values[rank] > UNEVEN_ROUNDING * floor:
+        noise = (scaled @ directions[:, rank:]).norm(dim=1) / math.sqrt(len(values) - rank)
+        scaled = scaled / noise.clamp(min=noise.max().item() * 1e-6)[:, None]
+        values, directions, rank, floor = _decompose(scaled, precision)
     return Span(name, directions, values, rank, len(scaled), math.hypot(arithmetic, PROJECTION_ERROR))
 
 
-def row_noise(gradient: Tensor, precision: float) -> Tensor:
-    """Standard deviation of the noise of each output (float64, outputs), from what lies outside a first span."""
+def _decompose(gradient: Tensor, precision: float) -> tuple[Tensor, Tensor, int, float]:
+    """Singular values, right singular vectors, rank and rounding floor of outputs x inputs, float64."""
     values, directions = right_singular(gradient)
-    rank = numerical_rank(values, len(gradient), rounding_floor(gradient, precision))
-    rounding = 0.2 * precision * gradient.norm(dim=1) / math.sqrt(gradient.shape[1])
-    left = gradient.shape[1] - rank
-    if left == 0:
-        return rounding
-    outside = gradient @ directions[:, rank:]
-    return (outside.square().sum(1) / left).sqrt().maximum(rounding)
+    floor = rounding_floor(gradient, precision)
+    return values, directions, numerical_rank(values, len(gradient), floor), floor

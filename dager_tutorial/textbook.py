@@ -1,0 +1,326 @@
+"""The paper's attack on causal models, written the obvious, slow way (chapters 2 to 4).
+
+Petrov et al., DAGER, NeurIPS 2024 (arXiv 2405.15586): Theorem 5.1 gives the span of a block's inputs, a
+filter tests the vocabulary position by position against the span of the first block, and a search from left
+to right tests whole prefixes against that of the second. Thresholds on distances are set by hand, and every
+vector is computed anew whenever it is needed. The book shows this file, the tests take it as their oracle,
+and `dager bench` measures against it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .attack import peak_memory_mb
+from .errors import DagerError
+from .models import LanguageModel, adapter_for
+from .models.base import QKV, DecoderAdapter, Tap
+from .reconstruction import Reconstruction
+from .update import Update
+
+Progress = Callable[[str, int, int | None], None]
+Prefix = tuple[int, ...]
+
+# Share of the largest singular value below which one counts as zero: a few float32 roundings.
+RELATIVE_TOLERANCE = 5e-7
+# How far a rotary model's first token is followed when it repeats; see `textbook_decoder_search`.
+LONGEST_REPEAT = 8
+# Tokens that go through the network at once.
+TOKENS_AT_ONCE = 4096
+
+
+def textbook_span(gradient: Tensor, rank_tolerance: float | None = None) -> Tensor:
+    """An orthonormal basis of the row space of a gradient: the span of its layer's inputs (Theorem 5.1).
+
+    Args:
+        gradient: outputs x inputs; each row is a combination of the layer's input vectors.
+        rank_tolerance: Singular values up to this one count as zero. None: 5e-7 of the largest. The paper's
+            code wants an absolute tolerance, set by hand for each batch size between 1e-7 and 1e-9.
+
+    Returns:
+        float32, inputs x rank; no columns where the gradient is zero.
+
+    Example:
+        >>> textbook_span(torch.tensor([[3.0, 0.0, 4.0], [6.0, 0.0, 8.0]])).abs().round(decimals=3)
+        tensor([[0.6000],
+                [0.0000],
+                [0.8000]])
+    """
+    _, singular_values, directions = torch.linalg.svd(gradient.double(), full_matrices=False)
+    if rank_tolerance is None:
+        rank_tolerance = RELATIVE_TOLERANCE * float(singular_values[0])
+    rank = int((singular_values > rank_tolerance).sum())
+    return directions[:rank].T.float()
+
+
+def span_distance(vectors: Tensor, basis: Tensor) -> Tensor:
+    """How far vectors lie from a span: the norm of what projection leaves, divided by the vector's norm.
+
+    Args:
+        vectors: float32, rows x inputs.
+        basis: float32, inputs x rank, orthonormal columns.
+
+    Returns:
+        float32, rows, from 0 (in the span) to 1 (orthogonal to it); not a number for a zero vector.
+
+    Example:
+        >>> span_distance(torch.tensor([[2.0, 0.0], [3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
+        tensor([0.0000, 0.8000])
+    """
+    residual = vectors - (vectors @ basis) @ basis.T
+    return residual.norm(dim=1) / vectors.norm(dim=1)
+
+
+def is_full(basis: Tensor) -> bool:
+    """Whether a span is so large that every vector lies in it.
+
+    A layer norm without bias leaves its vectors no mean: they fill one dimension less than the width.
+
+    Args:
+        basis: float32, width x rank.
+    """
+    width, rank = basis.shape
+    return rank >= width - 1
+
+
+@torch.no_grad()
+def textbook_token_filter(
+    adapter: DecoderAdapter, basis: Tensor, threshold: float = 1e-5, progress: Progress | None = None
+) -> list[Tensor]:
+    """Test every token of the vocabulary, at one position after the other.
+
+    Args:
+        adapter: The architecture.
+        basis: float32, width x rank, the span of block 0's attention inputs.
+        threshold: Relative distance from the span below which a vector passes (the paper's tau_1).
+        progress: Called with "filter", the number of positions done and None.
+
+    Returns:
+        int64 token ids for each position, up to the first position without any. The vectors of a rotary model
+        are the same at all positions: one test counts for all.
+    """
+    vocabulary = torch.arange(len(adapter.first_input.tokens), device=basis.device)
+    candidates: list[Tensor] = []
+    for position in range(adapter.max_positions):
+        vectors = adapter.attention_input(0, adapter.embed(vocabulary, position))
+        passing = vocabulary[span_distance(vectors, basis) < threshold]
+        if not len(passing):
+            break
+        candidates.append(passing)
+        if progress:
+            progress("filter", len(candidates), None)
+        if is_rotary(adapter):
+            return candidates * adapter.max_positions
+    return candidates
+
+
+@torch.no_grad()
+def textbook_decoder_search(
+    adapter: DecoderAdapter,
+    basis: Tensor,
+    candidates: Sequence[Tensor],
+    threshold: float = 1e-3,
+    progress: Progress | None = None,
+) -> dict[Prefix, float]:
+    """Extend every confirmed prefix by every candidate of the next position, until no extension is confirmed.
+
+    With rotary positions a first token has the same state however often it is repeated ([A], [A, A], ...), so
+    that all of these pass if one does. Here such a prefix is followed up to a length of 8.
+
+    Args:
+        adapter: The architecture.
+        basis: float32, width x rank, the span of block 1's attention inputs.
+        candidates: int64 token ids for each position, as `textbook_token_filter` returns them.
+        threshold: Relative distance from the span below which a prefix passes (the paper's tau_2).
+        progress: Called with "search", the number of confirmed prefixes and None.
+
+    Returns:
+        Every confirmed prefix, shorter ones first, with the largest distance on its way.
+    """
+    confirmed: dict[Prefix, float] = {}
+    front: dict[Prefix, float] = {(): 0.0}
+    for tokens in candidates:
+        extended = [(*prefix, token) for prefix in front for token in tokens.tolist()]
+        if is_rotary(adapter):
+            extended = [
+                prefix for prefix in extended if len(prefix) <= LONGEST_REPEAT or not is_repeat(prefix)
+            ]
+        distances = prefix_distances(adapter, basis, extended)
+        passing = {prefix: distance for prefix, distance in distances.items() if distance < threshold}
+        front = {prefix: max(distance, front[prefix[:-1]]) for prefix, distance in passing.items()}
+        if not front:
+            break
+        confirmed |= front
+        if progress:
+            progress("search", len(confirmed), None)
+    return confirmed
+
+
+def prefix_distances(
+    adapter: DecoderAdapter, basis: Tensor, prefixes: Sequence[Prefix]
+) -> dict[Prefix, float]:
+    """Run whole prefixes of one length; the distance of each one's last row from the span of block 1."""
+    distances: list[float] = []
+    at_once = TOKENS_AT_ONCE // len(prefixes[0]) + 1 if prefixes else 1
+    for start in range(0, len(prefixes), at_once):
+        token_ids = torch.tensor(prefixes[start : start + at_once], device=basis.device)
+        vectors = second_block_inputs(adapter, token_ids)
+        distances += span_distance(vectors[:, -1], basis).tolist()
+    return dict(zip(prefixes, distances, strict=True))
+
+
+class _Reached(Exception):
+    """The way out of a forward pass: carries the vectors that enter block 1's attention."""
+
+
+def second_block_inputs(adapter: DecoderAdapter, token_ids: Tensor) -> Tensor:
+    """Run the unmodified network up to the query, key and value maps of block 1, and no further.
+
+    Args:
+        adapter: The architecture.
+        token_ids: int64, batch x length, without pads.
+
+    Returns:
+        float32, batch x length x width, the inputs of these maps.
+    """
+
+    def stop(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise _Reached(inputs[0])
+
+    handle = adapter.linear_maps(1, QKV)[0].register_forward_pre_hook(stop)
+    try:
+        adapter.network(input_ids=token_ids, use_cache=False)
+    except _Reached as reached:
+        return reached.args[0]
+    finally:
+        handle.remove()
+    raise AssertionError("a forward pass went by block 1")
+
+
+def is_rotary(adapter: DecoderAdapter) -> bool:
+    """Whether block 0's attention input is the same at all positions."""
+    return adapter.first_input.positions is None
+
+
+def is_repeat(prefix: Prefix) -> bool:
+    """Whether a prefix is one token, repeated.
+
+    >>> is_repeat((7,)), is_repeat((7, 7)), is_repeat((7, 7, 8))
+    (False, True, False)
+    """
+    return len(prefix) > 1 and len(set(prefix)) == 1
+
+
+def longest_prefixes(prefixes: Iterable[Prefix]) -> list[Prefix]:
+    """The prefixes that begin no other one: the texts.
+
+    >>> longest_prefixes([(1,), (3,), (1, 1), (1, 2), (1, 2, 4)])
+    [(3,), (1, 1), (1, 2, 4)]
+    """
+    prefixes = list(prefixes)
+    beginnings = {prefix[:length] for prefix in prefixes for length in range(len(prefix))}
+    return [prefix for prefix in prefixes if prefix not in beginnings]
+
+
+def textbook_attack(
+    model: LanguageModel,
+    update: Update,
+    *,
+    span_threshold_0: float = 1e-5,
+    span_threshold_1: float = 1e-3,
+    rank_tolerance: float | None = None,
+    progress: Progress | None = None,
+) -> Reconstruction:
+    """Recover the texts of a client's batch the way the paper describes, for causal models.
+
+    One thing differs: the paper states Theorem 5.1 for the gradient of the query map. A softmax over one key
+    is constant, so that the first token of a text has no query gradient: position 0 of GPT-2, and a token of
+    Llama that only begins texts, could not be found. Here the gradients of query, key and value are stacked,
+    which share their inputs and so their span.
+
+    What this method does not see: a text that begins another one, how often a text occurs, with rotary
+    positions how often its only token is repeated, and anything once a rank reaches the hidden size.
+
+    Args:
+        model: The model both sides know, with at least two blocks.
+        update: What the client sent.
+        span_threshold_0: Relative distance from the span of block 0 below which a token passes (tau_1).
+        span_threshold_1: Relative distance from the span of block 1 below which a prefix passes (tau_2).
+        rank_tolerance: See `textbook_span`.
+        progress: Called with the stage, how much is done and None.
+
+    Returns:
+        The recovered sequences. Scores are distances in units of `span_threshold_1`, all below 1. The status
+        is exact where as many prefixes are confirmed as the rank of block 1 tells.
+
+    Raises:
+        UpdateError: The update does not belong to the model.
+        DagerError: The model is an encoder, has one block only, or its architecture has no adapter.
+
+    See chapters 2 to 4.
+    """
+    times = [time.perf_counter()]
+    adapter = _adapter(model)
+    gradients = {name: tensor.to(model.device) for name, tensor in update.for_backbone(model.network).items()}
+    taps = [adapter.tap(block, QKV) for block in (0, 1)]
+    bases = [textbook_span(_gradient(tap, gradients, adapter.hidden_size), rank_tolerance) for tap in taps]
+    times.append(time.perf_counter())
+    ranks = [basis.shape[1] for basis in bases]
+    full = any(is_full(basis) for basis in bases)
+    candidates = [] if full else textbook_token_filter(adapter, bases[0], span_threshold_0, progress)
+    times.append(time.perf_counter())
+    confirmed = textbook_decoder_search(adapter, bases[1], candidates, span_threshold_1, progress)
+    rows = [prefix for prefix in confirmed if not (is_rotary(adapter) and is_repeat(prefix))]
+    texts = longest_prefixes(rows)
+    times.append(time.perf_counter())
+    status, diagnosis = _verdict(ranks, full, len(rows))
+    durations = [end - start for start, end in pairwise(times)]
+    return Reconstruction(
+        sequences=tuple(texts),
+        texts=tuple(model.tokenizer.decode(text, skip_special_tokens=True) for text in texts),
+        scores=tuple(confirmed[text] / span_threshold_1 for text in texts),
+        status=status,
+        diagnosis=diagnosis,
+        seconds=dict(zip(("subspace", "filter", "search"), durations, strict=True))
+        | {"total": sum(durations)},
+        ranks={tap.name: rank for tap, rank in zip(taps, ranks, strict=True)},
+        model=model.name,
+        n_parameters_used=sum(
+            gradients[name].numel() for tap in taps for name in tap.parameters if name in gradients
+        ),
+        peak_rss_mb=peak_memory_mb(),
+    )
+
+
+def _adapter(model: LanguageModel) -> DecoderAdapter:
+    adapter = adapter_for(model.network)
+    if not isinstance(adapter, DecoderAdapter):
+        raise DagerError(f"model {model.name!r} is an encoder: the textbook attack needs a causal model")
+    if adapter.num_blocks < 2:
+        raise DagerError(
+            f"model {model.name!r} has one block: the textbook attack needs two, load more of it"
+        )
+    return adapter
+
+
+def _gradient(tap: Tap, gradients: Mapping[str, Tensor], width: int) -> Tensor:
+    """The stacked gradient of a tap, a row of zeros where nothing of it was shared."""
+    gradient = tap.gradient(gradients)
+    return torch.zeros(1, width) if gradient is None else gradient
+
+
+def _verdict(ranks: list[int], full: bool, rows: int) -> tuple[str, str]:
+    """Status and diagnosis, from the ranks of blocks 0 and 1 and the number of confirmed prefixes."""
+    if 0 in ranks:
+        return "no_signal", f"block {ranks.index(0)}'s query, key and value gradients are missing or zero"
+    if full:
+        return "saturated", f"ranks {ranks[0]} and {ranks[1]} leave no vector outside a span"
+    if rows == 0:
+        return "no_candidates", "no first token lies in both spans at these thresholds"
+    status = "exact" if rows == ranks[1] else "partial"
+    return status, f"{rows} prefixes confirmed, where the rank of block 1 tells {ranks[1]}"

@@ -1,0 +1,82 @@
+"""The benchmark: both attacks on one update, counts that can be checked by hand, and its two commands."""
+
+import json
+
+import pytest
+
+from dager_tutorial import benchmark
+from dager_tutorial.benchmark import bench_decoder, bench_scaling
+from dager_tutorial.cli import main
+
+TEXTS = ["the old man walks to the sea", "the old dog sleep", "we had good tea"]
+LABELS = [0, 1, 0]
+
+
+@pytest.fixture(params=["tiny_gpt2", "tiny_llama"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_both_attacks_get_the_same_update_and_find_the_same_texts(model, monkeypatch):
+    updates = []
+    for name in ("attack", "textbook_attack"):
+        real = getattr(benchmark, name)
+
+        def spy(given, update, real=real, **options):
+            updates.append(update)
+            return real(given, update, **options)
+
+        monkeypatch.setattr(benchmark, name, spy)
+    record = bench_decoder(model, TEXTS, LABELS)
+    assert updates[0] is updates[1]
+    assert (record.exact, record.textbook_exact, record.same_sentences) == (1.0, 1.0, True)
+    assert (record.batch_size, record.n_tokens, record.hidden_size) == (3, 7 + 4 + 4, 64)
+    assert record.distinct_prefixes == 7 + 2 + 4  # "the" and "the old" begin two texts
+    assert record.ratio == record.textbook_seconds / record.fast_seconds
+    assert json.loads(json.dumps(record.to_json())) == record.to_json()
+
+
+def test_without_the_textbook_version_its_fields_are_empty(tiny_gpt2):
+    record = bench_decoder(tiny_gpt2, TEXTS, LABELS, textbook=False)
+    fields = ("textbook_seconds", "ratio", "same_sentences", "textbook_exact")
+    assert [record.to_json()[name] for name in fields] == [None] * 4
+    assert record.exact == 1.0
+
+
+def test_a_sentence_that_only_one_attack_finds_is_told(tiny_gpt2, monkeypatch):
+    real = benchmark.textbook_attack
+    monkeypatch.setattr(
+        benchmark,
+        "textbook_attack",
+        lambda *given, **options: real(*given, span_threshold_0=1e-12, **options),
+    )
+    record = bench_decoder(tiny_gpt2, TEXTS, LABELS)
+    assert (record.exact, record.textbook_exact, record.same_sentences) == (1.0, 0.0, False)
+
+
+def test_scaling_measures_each_batch(tiny_gpt2):
+    stages = []
+    batches = [(TEXTS[:size], LABELS[:size]) for size in (1, 2, 3)]
+    records = bench_scaling(tiny_gpt2, batches, progress=lambda stage, *_: stages.append(stage))
+    assert [record.batch_size for record in records] == [1, 2, 3]
+    assert [record.n_tokens for record in records] == [7, 11, 15]
+    assert all(record.textbook_seconds is None and record.exact == 1.0 for record in records)
+    assert {"attack: filter", "attack: search"} == set(stages)
+
+
+def test_commands_write_records(tiny_llama, tmp_path, capsys):
+    tiny_llama.network.save_pretrained(tmp_path / "model")
+    tiny_llama.tokenizer.save_pretrained(tmp_path / "model")
+    data, out = tmp_path / "texts.tsv", tmp_path / "out.json"
+    data.write_text("label\ttext\n" + "".join(f"{i % 2}\t{text}\n" for i, text in enumerate(TEXTS)), "utf-8")
+    options = ["--model", str(tmp_path / "model"), "--data", str(data), "--json", str(out)]
+    assert main(["bench", "decoder", *options, "--batch-size", "3"]) == 0
+    record = json.loads(out.read_text("utf-8"))
+    assert record["same_sentences"] is True and record["exact"] == 1
+    assert record["textbook_seconds"] > 0 and record["fast_seconds"] > 0 and record["ratio"] > 0
+    assert main(["bench", "scaling", *options, "--batch-size", "1", "--batch-size", "3"]) == 0
+    runs = json.loads(out.read_text("utf-8"))["runs"]
+    assert [run["batch_size"] for run in runs] == [1, 3]
+    assert "100.0 exact" in " ".join(capsys.readouterr().out.split())
+    assert main(["bench", "scaling", *options, "--batch-size", "4"]) == 2  # more than the file holds
+    assert capsys.readouterr().err.startswith("dager: error: ")
