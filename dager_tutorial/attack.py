@@ -6,25 +6,21 @@ Nothing here has a threshold to set. Each stage is a file of its own: `subspace`
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .decoder import PrefixSearch, Tree
 from .errors import DagerError
-from .models import LanguageModel, adapter_for
-from .models.base import ATTENTION_OUTPUT, MLP, QKV, QUERY, Adapter, DecoderAdapter, Tap
+from .evidence import Evidence, evidence_of
+from .models import LanguageModel
+from .models.base import ATTENTION_OUTPUT, MLP, QKV, QUERY, DecoderAdapter, Tap
 from .reconstruction import Reconstruction
-from .rounding import rounding_errors
 from .sentences import Texts, whole_texts
-from .subspace import CLEAR_GAP, Span, span_of
+from .subspace import CLEAR_GAP, Span
 from .token_filter import filter_tokens
 from .update import Update
 
@@ -51,69 +47,6 @@ class AttackConfig:
             raise DagerError(f"time_budget is {self.time_budget}: give a positive number of seconds, or None")
         if self.memory_mb < 16:
             raise DagerError(f"memory_mb is {self.memory_mb}: give at least 16")
-
-
-@dataclass
-class Evidence:
-    """The spans of an update, read when they are first asked for."""
-
-    adapter: Adapter
-    gradients: Mapping[str, Tensor]
-    precision: torch.dtype
-    seconds: float = 0.0
-    used: set[str] = field(default_factory=set)
-    spans: dict[Tap, Span | None] = field(default_factory=dict)
-    errors: dict[Tap, float] = field(default_factory=dict)
-
-    def span(self, block: int, kind: str) -> Span | None:
-        """The span of a tap, or None where nothing of it was shared or its gradient is zero."""
-        tap = self.adapter.tap(block, kind)
-        if tap not in self.spans:
-            start = time.perf_counter()
-            self.spans[tap] = self._read(tap)
-            self.seconds += time.perf_counter() - start
-        return self.spans[tap]
-
-    def _read(self, tap: Tap) -> Span | None:
-        gradient = tap.gradient(self.gradients)
-        if gradient is None:
-            return None
-        self.used.update(name for name in tap.parameters if name in self.gradients)
-        return span_of(
-            gradient, name=tap.name, precision=torch.finfo(self.precision).eps, arithmetic=self._arithmetic(tap)
-        )
-
-    def _arithmetic(self, tap: Tap) -> float:
-        """Rounding error of the tap's inputs: measured in the first two blocks, growing with the root of the depth after."""
-        if not isinstance(self.adapter, DecoderAdapter):
-            return torch.finfo(self.precision).eps
-        if not self.errors:
-            self.errors = rounding_errors(self.adapter, self.precision, min(2, self.adapter.num_blocks))
-        if tap in self.errors:
-            return self.errors[tap]
-        return max(self.errors.values()) * math.sqrt(tap.block)
-
-    @property
-    def parameters_used(self) -> int:
-        """Number of gradient entries read so far."""
-        return sum(self.gradients[name].numel() for name in self.used)
-
-
-def evidence_of(model: LanguageModel, update: Update) -> Evidence:
-    """Match an update with a model.
-
-    Args:
-        model: The model both sides know.
-        update: What the client sent.
-
-    Raises:
-        UpdateError: The update does not belong to the model.
-        ModelError: The architecture has no adapter.
-    """
-    adapter = adapter_for(model.network)
-    gradients = {name: tensor.to(model.device) for name, tensor in update.for_backbone(model.network).items()}
-    coarsest = max((tensor.dtype for tensor in gradients.values()), key=lambda dtype: torch.finfo(dtype).eps)
-    return Evidence(adapter, gradients, coarsest)
 
 
 def attack(
@@ -144,7 +77,9 @@ def attack(
     begin = time.perf_counter()
     evidence = evidence_of(model, update)
     if not isinstance(evidence.adapter, DecoderAdapter):
-        raise DagerError(f"model {model.name!r} is an encoder: its search is not part of this version; use a causal model")
+        raise DagerError(
+            f"model {model.name!r} is an encoder: its search is not part of this version; use a causal model"
+        )
     return _Run(model, evidence.adapter, evidence, config, progress, begin).reconstruction()
 
 
@@ -182,7 +117,11 @@ class _Run:
         first = self.evidence.span(0, QKV)
         nothing = Tree(), Texts((), ())
         if first is None or first.rank == 0:
-            return *nothing, "no_signal", "block 0's query, key and value gradients are missing or zero: nothing to test tokens against"
+            return (
+                *nothing,
+                "no_signal",
+                "block 0's query, key and value gradients are missing or zero: nothing to test tokens against",
+            )
         spans = self._cascade_spans()
         start = time.perf_counter()
         candidates = filter_tokens(
@@ -190,7 +129,11 @@ class _Run:
         )
         self.seconds["filter"] = time.perf_counter() - start
         if not candidates.count:
-            return *nothing, "no_candidates", "no token of the vocabulary lies in the span of block 0: another model, or too much noise"
+            return (
+                *nothing,
+                "no_candidates",
+                "no token of the vocabulary lies in the span of block 0: another model, or too much noise",
+            )
         last = self._last_spans()
         start, before = time.perf_counter(), self.evidence.seconds
         budget = self.config.time_budget
@@ -243,7 +186,10 @@ def verdict(tree: Tree, texts: Texts, expected: int | None) -> tuple[str, str]:
     """Status and diagnosis of an unsaturated search."""
     rows = tree.distinct_rows()
     if not texts.nodes:
-        return "no_candidates", "tokens pass the filter, but none begins a text: another model, or too much noise"
+        return (
+            "no_candidates",
+            "tokens pass the filter, but none begins a text: another model, or too much noise",
+        )
     if expected is None:
         return "partial", f"{rows} prefixes confirmed; noise hides how many there are"
     if rows < expected:

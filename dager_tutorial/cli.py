@@ -49,9 +49,7 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Zoo name, Hugging Face id, local folder or random:<config>.")
 ]
 Device = Annotated[Literal["cpu", "cuda", "mps"], typer.Option("--device", help="Where to compute.")]
-Seed = Annotated[
-    int, typer.Option("--seed", help="Seed of everything drawn: the batch, the head, the search.")
-]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn: the batch, the head, the search.")]
 ModelSeed = Annotated[int, typer.Option("--model-seed", help="Seed of the weights of a random: model.")]
 Blocks = Annotated[int | None, typer.Option("--blocks", min=1, help="Keep only the model's first blocks.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores by default.")]
@@ -64,12 +62,8 @@ BatchSize = Annotated[
     int | None, typer.Option("--batch-size", min=1, help=f"Texts drawn from --data, {BATCH_SIZE} by default.")
 ]
 Texts = Annotated[list[str] | None, typer.Option("--text", help="A text of the batch; repeat for more.")]
-Labels = Annotated[
-    list[int] | None, typer.Option("--label", help="Class of each --text, in order; 0, 1, 0, ...")
-]
-Task = Annotated[
-    Literal["classification", "next_token"], typer.Option("--task", help="What the client trains.")
-]
+Labels = Annotated[list[int] | None, typer.Option("--label", help="Class of each --text, in order; 0, 1, 0, ...")]
+Task = Annotated[Literal["classification", "next_token"], typer.Option("--task", help="What the client trains.")]
 Loss = Annotated[Literal["cross_entropy", "frobenius"], typer.Option("--loss", help="The client's loss.")]
 Dtype = Annotated[
     Literal["float32", "float64", "bfloat16", "float16"],
@@ -78,12 +72,8 @@ Dtype = Annotated[
 Share = Annotated[
     str, typer.Option("--share", help="Gradients sent: all, attention, or parameter names joined by commas.")
 ]
-PaddingSide = Annotated[
-    Literal["right", "left"], typer.Option("--padding-side", help="Where the client pads.")
-]
-MaxLength = Annotated[
-    int | None, typer.Option("--max-length", min=1, help="Truncate texts to so many tokens.")
-]
+PaddingSide = Annotated[Literal["right", "left"], typer.Option("--padding-side", help="Where the client pads.")]
+MaxLength = Annotated[int | None, typer.Option("--max-length", min=1, help="Truncate texts to so many tokens.")]
 TimeBudget = Annotated[
     float | None, typer.Option("--time-budget", min=0.0, help="Seconds after which the search stops.")
 ]
@@ -139,9 +129,7 @@ def start(
 @app.command()
 def demo(
     model: Model = "smollm2-135m",
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, max=60, help="Number of private notes.")
-    ] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=60, help="Number of private notes.")] = 8,
     svg: Annotated[
         Path | None, typer.Option("--svg", callback=_writable, help="Save what is shown as a picture.")
     ] = None,
@@ -166,9 +154,7 @@ def demo(
 @app.command()
 def capture(
     model: Model,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", callback=_writable, help="The safetensors file to write.")
-    ],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=_writable, help="The safetensors file to write.")],
     data: Data = None,
     batch_size: BatchSize = None,
     text: Texts = None,
@@ -289,7 +275,7 @@ def inspect(
     """Show an update's ranks, noise floors and what can be expected of an attack."""
     loaded = _load(update)
     language_model = _open(model, device, model_seed, blocks, threads)
-    from .attack import inspect_update
+    from .evidence import inspect_update
 
     inspection = inspect_update(language_model, loaded)
     about = display.facts({"update": update, "kind": loaded.kind, "tensors": len(loaded.gradients)})
@@ -357,13 +343,9 @@ def list_models(context: typer.Context, json_file: Json = None) -> None:
 @models.command()
 def export(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A model, as for --model.")],
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A folder that is empty or does not exist yet.")
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is empty or does not exist yet.")],
     json_file: Json = None,
-    seed: Annotated[
-        int, typer.Option("--seed", "--model-seed", help="Seed of the weights of a random: model.")
-    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", "--model-seed", help="Seed of the weights of a random: model.")] = 0,
     device: Device = "cpu",
     blocks: Blocks = None,
 ) -> None:
@@ -371,9 +353,7 @@ def export(
     from .models.zoo import export_model
 
     written = export_model(name, folder, device=device, seed=seed, blocks=blocks)
-    _finish(
-        json_file, {"model": name, "folder": str(written)}, display.facts({"model": name, "folder": written})
-    )
+    _finish(json_file, {"model": name, "folder": str(written)}, display.facts({"model": name, "folder": written}))
 
 
 def _open(name: str, device: str, seed: int, blocks: int | None, threads: int | None) -> LanguageModel:
@@ -393,9 +373,7 @@ def _batch(
 ) -> tuple[list[str], list[int] | None]:
     """The private batch, from --text or drawn from --data."""
     if bool(data) == bool(texts):
-        raise DagerError(
-            "give the texts either with --data NAME or FILE, or with --text (repeat it for more)"
-        )
+        raise DagerError("give the texts either with --data NAME or FILE, or with --text (repeat it for more)")
     if texts and size is not None:
         raise DagerError("--batch-size draws from --data; with --text the batch is what you give")
     if texts:
@@ -413,9 +391,7 @@ def _load(path: Path) -> Update:
     return Update.load(path)
 
 
-def _client(
-    model: LanguageModel, texts: list[str], labels: list[int] | None, *, share: str, **options: Any
-) -> Update:
+def _client(model: LanguageModel, texts: list[str], labels: list[int] | None, *, share: str, **options: Any) -> Update:
     """Compute the client's update; `share` is all, attention, or names joined by commas."""
     from .client import client_update
 
@@ -433,9 +409,7 @@ def _attack(model: LanguageModel, update: Update, seed: int, time_budget: float 
         return attack(model, update, config=config, progress=advance)
 
 
-def _score(
-    found: Reconstruction, texts: list[str], model: LanguageModel, task: str, max_length: int | None
-) -> Score:
+def _score(found: Reconstruction, texts: list[str], model: LanguageModel, task: str, max_length: int | None) -> Score:
     from .metrics import score
 
     return score(found, texts, model, task=task, max_length=max_length)
@@ -454,13 +428,9 @@ def _read_result(path: Path) -> Reconstruction:
             status=record["status"],
         )
     except OSError as error:
-        raise DagerError(
-            f"{path}: cannot be read ({error.strerror}); give what dager recover --json wrote"
-        ) from error
+        raise DagerError(f"{path}: cannot be read ({error.strerror}); give what dager recover --json wrote") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DagerError(
-            f"{path}: is no result of dager recover --json ({error!r}); write it again"
-        ) from error
+        raise DagerError(f"{path}: is no result of dager recover --json ({error!r}); write it again") from error
 
 
 def _scaling_table(runs: list[dict[str, Any]]) -> Table:
@@ -494,15 +464,11 @@ def _size(update: Update) -> int:
 def _finish(json_file: Path | None, record: dict[str, Any], *shown: RenderableType) -> None:
     """Write the record where --json says, one key a line, then print what people read."""
     if json_file is not None:
-        lines = (
-            f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items()
-        )
+        lines = (f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items())
         try:
             json_file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         except OSError as error:
-            raise DagerError(
-                f"{json_file}: cannot be written ({error.strerror}); choose another place"
-            ) from error
+            raise DagerError(f"{json_file}: cannot be written ({error.strerror}); choose another place") from error
     console = Console(highlight=False)
     for part in shown:
         console.print(part)

@@ -116,9 +116,7 @@ def client_update(
         raise DagerError(f"in dtype {dtype!r} {error} with bfloat16, float32 or float64") from error
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None
-) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
     """Token ids exactly as the client trains on them, special tokens included, pads left out.
 
     Args:
@@ -158,9 +156,7 @@ def _check_fit(adapter: Adapter, task: str, loss: str, padding_side: str) -> Non
         return
     kind = adapter.config.model_type
     if task == "next_token":
-        raise DagerError(
-            f"task 'next_token' needs a causal model and {kind} is not: use task 'classification'"
-        )
+        raise DagerError(f"task 'next_token' needs a causal model and {kind} is not: use task 'classification'")
     if padding_side == "left" and loss == "cross_entropy":
         raise DagerError(
             f"padding_side 'left' needs a causal model: {kind} classifies by a row's first position, "
@@ -378,8 +374,4 @@ def _gradients(
     if not value.requires_grad:
         raise DagerError(f"the loss depends on no parameter of share {quote(share)}: share others")
     found = torch.autograd.grad(value, list(shared.values()), allow_unused=True)
-    return {
-        name: gradient.detach().cpu()
-        for name, gradient in zip(shared, found, strict=True)
-        if gradient is not None
-    }
+    return {name: gradient.detach().cpu() for name, gradient in zip(shared, found, strict=True) if gradient is not None}

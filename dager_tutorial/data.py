@@ -90,9 +90,7 @@ def sample_batch(examples: Sequence[Example], batch_size: int, seed: int) -> tup
     (['a cat', 'a cow', 'a dog'], 1)
     """
     if not 1 <= batch_size <= len(examples):
-        raise DagerError(
-            f"batch size {batch_size}: choose between 1 and the {len(examples)} texts that there are"
-        )
+        raise DagerError(f"batch size {batch_size}: choose between 1 and the {len(examples)} texts that there are")
     batch = random.Random(seed).sample(examples, batch_size)
     return [example.text for example in batch], [example.label for example in batch]
 
@@ -155,9 +153,7 @@ def _fetch(name: str, split: str) -> list[Example]:
         rows = load_dataset(dataset, configuration, split=split)
     except Exception as error:  # anything that a download can die of, in the types of several HTTP libraries
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DagerError(
-            f"{name}: split {split!r} cannot be fetched ({reason}); check both, {instead}"
-        ) from error
+        raise DagerError(f"{name}: split {split!r} cannot be fetched ({reason}); check both, {instead}") from error
     return _labelled(((row["label"], row[column]) for row in rows), f"{name}, split {split!r}")
 
 

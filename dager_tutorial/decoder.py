@@ -245,7 +245,10 @@ class PrefixSearch:
         """Pairs (count x 2, int64: prefix, candidate) whose attention output may lie in the span."""
         everyone = torch.ones(len(front.nodes), len(extension.tokens), dtype=torch.bool, device=front.keys.device)
         if self.attention is not None:
-            largest = max(front.values.square().sum((2, 3)).max().item(), extension.value.square().sum((1, 2)).max().item())
+            largest = max(
+                front.values.square().sum((2, 3)).max().item(),
+                extension.value.square().sum((1, 2)).max().item(),
+            )
             largest *= self.adapter.num_heads // self.adapter.num_key_heads
             limit = 4 * self.attention.worst**2 * largest
             length = front.keys.shape[1] + 1

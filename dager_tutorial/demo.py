@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 
 from . import display
-from .attack import attack, inspect_update
+from .attack import attack
 from .client import client_update
 from .data import load_texts
+from .evidence import inspect_update
 from .metrics import score
 from .update import Update
 
@@ -47,9 +48,7 @@ def run_demo(console: Console, model: LanguageModel, batch_size: int, seed: int)
     notes = load_texts("notes")[:batch_size]
     texts = [note.text for note in notes]
     console.print(
-        display.opening(
-            "DAGER: what a gradient gives away", OPENING.format(model=model.name, size=len(texts))
-        )
+        display.opening("DAGER: what a gradient gives away", OPENING.format(model=model.name, size=len(texts)))
     )
     start = time.perf_counter()
     with display.waiting(WATCHING, "the client computes its update"):

@@ -182,9 +182,7 @@ def models_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """The models that load by name (fields of `models.zoo.ModelRecord`) and whether they are cached."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for title in ("name", "architecture", "parameters", "width", "blocks", "cached"):
-        table.add_column(
-            title, justify="left" if title in ("name", "architecture") else "right", no_wrap=True
-        )
+        table.add_column(title, justify="left" if title in ("name", "architecture") else "right", no_wrap=True)
     for record in records:
         parameters = f"{record['parameters'] / 1e6:,.0f} M"
         sizes = (parameters, str(record["width"]), str(record["blocks"]), "yes" if record["cached"] else "no")

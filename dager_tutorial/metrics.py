@@ -162,9 +162,7 @@ def _average(
     texts = [counts[truth] for truth in truths]
     tokens = [counts[truth] * len(_plain(truth, special)) for truth in truths]
     return {
-        name: float(
-            np.average([m[name] for m in measures], weights=tokens if name == "token_accuracy" else texts)
-        )
+        name: float(np.average([m[name] for m in measures], weights=tokens if name == "token_accuracy" else texts))
         for name in measures[0]
     }
 

@@ -19,7 +19,12 @@ PROBE_TEXTS, PROBE_LENGTH = 8, 4
 
 
 def attend(
-    adapter: DecoderAdapter, block: int, query: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None = None
+    adapter: DecoderAdapter,
+    block: int,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query per text over its keys, the causal window applied.
 

@@ -65,7 +65,9 @@ def _ancestors(tree: Tree, index: int) -> list[int]:
     return path[::-1]
 
 
-def _ends(adapter: DecoderAdapter, tree: Tree, leaves: list[int], last: Mapping[Tap, Span]) -> tuple[set[int], set[int]]:
+def _ends(
+    adapter: DecoderAdapter, tree: Tree, leaves: list[int], last: Mapping[Tap, Span]
+) -> tuple[set[int], set[int]]:
     """Prefixes that the last block has rows of, and those it has not, by one forward pass over the leaves."""
     ratios: dict[int, float] = {}
     device = adapter.first_input.tokens.device

@@ -23,6 +23,8 @@ MISS_RATE = 1e-6
 MODEL_ERROR = 4.0
 # A gap between neighbouring singular values that noise alone does not produce, and how uneven rounding noise is.
 CLEAR_GAP = 30.0
+# Without a clear gap, a rank above this share of the width is one that noise has cut off.
+NEARLY_FULL = 0.9
 # Rounding errors of a gradient's sums are some times those of its storage; more than this is noise of another kind.
 UNEVEN_ROUNDING = 100.0
 # Vectors are projected in float32, which is exact to about this share of their length.
@@ -56,14 +58,25 @@ class Span:
 
     @property
     def saturated(self) -> bool:
-        """True where the signal fills (nearly) all directions: no residual is left to test."""
-        return self.rank >= self.width or self.outputs <= self.rank
+        """True where the signal fills (nearly) all directions, so that no residual is left to test.
+
+        One direction may stay free for another reason: a layer norm without bias removes it from every vector.
+        """
+        full = self.rank >= self.width - 1 or self.outputs <= self.rank
+        return full or (self.gap < CLEAR_GAP and self.rank >= NEARLY_FULL * self.width)
 
     @property
     def noise(self) -> float:
         """Noise energy outside the span, per unit of squared coefficients (dimensionless, squared)."""
         tail = self.singular_values[self.rank :].square().sum().item()
         return tail / max(self.outputs - self.rank, 1)
+
+    @property
+    def noise_floor(self) -> float:
+        """Root mean square of a noise entry over that of an entry of the gradient, outputs scaled to equal noise."""
+        free = max(self.outputs - self.rank, 1) * max(self.width - self.rank, 1)
+        tail = self.singular_values[self.rank :].square().sum().item() / free
+        return math.sqrt(tail / (self.singular_values.square().sum().item() / (self.outputs * self.width)))
 
     @property
     def gap(self) -> float:
@@ -240,8 +253,9 @@ def span_of(
     scaled = gradient / gradient.norm(dim=1, keepdim=True)
     values, directions, rank, floor = _decompose(scaled, precision)
     if rank < len(values) and values[rank] > UNEVEN_ROUNDING * floor:
-        noise = (scaled @ directions[:, rank:]).norm(dim=1) / math.sqrt(len(values) - rank)
-        scaled = scaled / noise.clamp(min=noise.max().item() * 1e-6)[:, None]
+        values, directions, rank, _ = _decompose(gradient, precision)
+        noise = (gradient @ directions[:, rank:]).norm(dim=1)
+        scaled = gradient / noise.clamp(min=1e-6 * noise.max().item())[:, None] if rank < len(values) else scaled
         values, directions, rank, floor = _decompose(scaled, precision)
     return Span(name, directions, values, rank, len(scaled), math.hypot(arithmetic, PROJECTION_ERROR))
 

@@ -147,9 +147,7 @@ def textbook_decoder_search(
     for tokens in candidates:
         extended = [(*prefix, token) for prefix in front for token in tokens.tolist()]
         if is_rotary(adapter):
-            extended = [
-                prefix for prefix in extended if len(prefix) <= LONGEST_REPEAT or not is_repeat(prefix)
-            ]
+            extended = [prefix for prefix in extended if len(prefix) <= LONGEST_REPEAT or not is_repeat(prefix)]
         distances = prefix_distances(adapter, basis, extended)
         passing = {prefix: distance for prefix, distance in distances.items() if distance < threshold}
         front = {prefix: max(distance, front[prefix[:-1]]) for prefix, distance in passing.items()}
@@ -161,9 +159,7 @@ def textbook_decoder_search(
     return confirmed
 
 
-def prefix_distances(
-    adapter: DecoderAdapter, basis: Tensor, prefixes: Sequence[Prefix]
-) -> dict[Prefix, float]:
+def prefix_distances(adapter: DecoderAdapter, basis: Tensor, prefixes: Sequence[Prefix]) -> dict[Prefix, float]:
     """Run whole prefixes of one length; the distance of each one's last row from the span of block 1."""
     distances: list[float] = []
     at_once = TOKENS_AT_ONCE // len(prefixes[0]) + 1 if prefixes else 1
@@ -286,13 +282,10 @@ def textbook_attack(
         scores=tuple(confirmed[text] / span_threshold_1 for text in texts),
         status=status,
         diagnosis=diagnosis,
-        seconds=dict(zip(("subspace", "filter", "search"), durations, strict=True))
-        | {"total": sum(durations)},
+        seconds=dict(zip(("subspace", "filter", "search"), durations, strict=True)) | {"total": sum(durations)},
         ranks={tap.name: rank for tap, rank in zip(taps, ranks, strict=True)},
         model=model.name,
-        n_parameters_used=sum(
-            gradients[name].numel() for tap in taps for name in tap.parameters if name in gradients
-        ),
+        n_parameters_used=sum(gradients[name].numel() for tap in taps for name in tap.parameters if name in gradients),
         peak_rss_mb=peak_memory_mb(),
     )
 
@@ -302,9 +295,7 @@ def _adapter(model: LanguageModel) -> DecoderAdapter:
     if not isinstance(adapter, DecoderAdapter):
         raise DagerError(f"model {model.name!r} is an encoder: the textbook attack needs a causal model")
     if adapter.num_blocks < 2:
-        raise DagerError(
-            f"model {model.name!r} has one block: the textbook attack needs two, load more of it"
-        )
+        raise DagerError(f"model {model.name!r} has one block: the textbook attack needs two, load more of it")
     return adapter
 
 

@@ -83,8 +83,7 @@ class Update:
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             raise UpdateError(
-                f"{quote(path)} cannot be written ({quote(error)}): name a file in an existing "
-                "folder with room for it"
+                f"{quote(path)} cannot be written ({quote(error)}): name a file in an existing folder with room for it"
             ) from error
         finally:
             partial.unlink(missing_ok=True)
@@ -176,14 +175,10 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
     """Raise unless this is a tensor of finite numbers in a dtype that a client can train in."""
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in _DTYPES.values():
         kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise UpdateError(
-            f"tensor {quote(name)} is {kind}: gradients are float16, bfloat16, float32 or float64"
-        )
+        raise UpdateError(f"tensor {quote(name)} is {kind}: gradients are float16, bfloat16, float32 or float64")
     if tensor.numel() == 0:
         raise UpdateError(f"tensor {quote(name)} has no elements: leave out what is not shared")
-    low, high = torch.aminmax(
-        tensor.detach().reshape(-1)
-    )  # NaN propagates; no temporary as large as the tensor
+    low, high = torch.aminmax(tensor.detach().reshape(-1))  # NaN propagates; no temporary as large as the tensor
     if not (math.isfinite(low) and math.isfinite(high)):
         raise UpdateError(f"tensor {quote(name)} holds NaN or infinity: capture the update again")
 
@@ -222,9 +217,7 @@ def _check_file(path: Path) -> None:
     with path.open("rb") as file:
         length, brace = int.from_bytes(file.read(8), "little"), file.read(1)
     if brace not in (b"{", b"") or size < 8:  # the header is JSON text after eight bytes of length
-        raise UpdateError(
-            "not a safetensors file: only safetensors is read (pickled .pt and .bin files never are)"
-        )
+        raise UpdateError("not a safetensors file: only safetensors is read (pickled .pt and .bin files never are)")
     if length > size - 8:
         raise UpdateError("the file is truncated, or not safetensors: copy or capture the update again")
 
@@ -241,9 +234,7 @@ def _read_tensor(file: Any, name: str) -> torch.Tensor:
     """One tensor of an open safetensors file; its dtype is checked before any byte of it is read."""
     dtype = file.get_slice(name).get_dtype()
     if dtype not in _DTYPES:
-        raise UpdateError(
-            f"tensor {quote(name)} is {dtype}: gradients are float16, bfloat16, float32 or float64"
-        )
+        raise UpdateError(f"tensor {quote(name)} is {dtype}: gradients are float16, bfloat16, float32 or float64")
     return file.get_tensor(name)
 
 
@@ -277,8 +268,7 @@ def _backbone_name(name: str, network: PreTrainedModel, shapes: Mapping[str, obj
     near = difflib.get_close_matches(stripped, list(shapes), n=1)
     hint = f" (nearest: {near[0]!r})" if near else ""
     raise UpdateError(
-        f"tensor {quote(name)} is no parameter of the {_describe(network)}{hint}: "
-        "name the model that the client used"
+        f"tensor {quote(name)} is no parameter of the {_describe(network)}{hint}: name the model that the client used"
     )
 
 

@@ -13,12 +13,23 @@ ORDER = (
     "models.base", "models.gpt2", "models.llama", "models.bert", "models",
     "models.cache", "models.checkpoint", "models.hub", "models.smollm2", "models.wheels", "models.pinned",
     "models.zoo",
-    "client", "subspace", "unmixing", "token_filter", "decoder", "encoder", "attack",
+    "client", "subspace", "unmixing", "rounding", "token_filter", "evidence", "decoder", "encoder", "sentences", "attack",
     "metrics", "textbook", "data", "benchmark", "checks", "plotting", "display", "widgets", "demo", "",
     "cli",
 )
 # fmt: on
-ATTACK_SIDE = ("subspace", "unmixing", "token_filter", "decoder", "encoder", "attack", "textbook")
+ATTACK_SIDE = (
+    "subspace",
+    "unmixing",
+    "token_filter",
+    "rounding",
+    "evidence",
+    "decoder",
+    "encoder",
+    "sentences",
+    "attack",
+    "textbook",
+)
 SEES_A_BATCH = {
     "",
     "client",
@@ -27,6 +38,7 @@ SEES_A_BATCH = {
     "benchmark",
     "checks",
     "plotting",
+    "demo",
     "display",
     "widgets",
     "cli",

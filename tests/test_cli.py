@@ -141,9 +141,7 @@ def test_inspect_shows_ranks_and_a_verdict(folder, update, tmp_path, capsys):
 
 def test_an_update_without_signal_is_no_mistake(folder, update, tmp_path):
     zeros, result = tmp_path / "zeros.safetensors", tmp_path / "result.json"
-    Update({name: torch.zeros_like(tensor) for name, tensor in Update.load(update).gradients.items()}).save(
-        zeros
-    )
+    Update({name: torch.zeros_like(tensor) for name, tensor in Update.load(update).gradients.items()}).save(zeros)
     assert main(["recover", str(zeros), "--model", folder, "--json", str(result)]) == 0
     assert read(result)["status"] == "no_signal" and read(result)["sequences"] == []
     assert main(["score", str(result), "--model", folder, *BATCH]) == 0
@@ -227,9 +225,7 @@ def test_a_mistake_is_one_line(message, arguments, folder, update, tmp_path, cap
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(update, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "dager_tutorial.models.zoo.load_model", lambda *_, **__: pytest.fail("worked in vain")
-    )
+    monkeypatch.setattr("dager_tutorial.models.zoo.load_model", lambda *_, **__: pytest.fail("worked in vain"))
     for option in ("--json", "--svg"):
         assert "absent" in fail(["demo", option, "absent/file"], capsys)
     assert "absent" in fail(["inspect", update, "--model", "any", "--json", "absent/file"], capsys)
@@ -277,9 +273,7 @@ def test_an_interrupt_ends_without_a_traceback(folder, capsys, monkeypatch):
 def test_a_text_cannot_take_over_the_terminal(folder, tmp_path, capsys):
     hostile = "snow \x1b[2J\x1b]0;title\x07 [bold red]and[/] more [/nothing]\nsnow\u202eriver"
     result = tmp_path / "result.json"
-    result.write_text(
-        json.dumps({"status": "partial", "sequences": [[4]], "texts": [hostile], "scores": [1.0]})
-    )
+    result.write_text(json.dumps({"status": "partial", "sequences": [[4]], "texts": [hostile], "scores": [1.0]}))
     assert main(["score", str(result), "--model", folder, "--text", hostile]) == 0
     output = capsys.readouterr().out
     assert not {"\x1b", "\x07", "\u202e"} & set(output)

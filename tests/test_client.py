@@ -118,10 +118,7 @@ def test_a_batch_is_the_mean_of_its_texts_in_any_order(model: LanguageModel, los
     options = {"loss": loss, "dtype": "float64"}
     batch = client_update(model, TEXTS, [0, 1, 1, 0], **options)
     # Class 1 in each call keeps the head at two classes, with one seed the same head.
-    alone = [
-        client_update(model, [text], [label], **options)
-        for text, label in zip(TEXTS, [0, 1, 1, 0], strict=True)
-    ]
+    alone = [client_update(model, [text], [label], **options) for text, label in zip(TEXTS, [0, 1, 1, 0], strict=True)]
     mean = {name: sum(update.gradients[name] for update in alone) / len(alone) for name in batch.gradients}
     assert_same(batch, mean, 1e-9)
     order = [2, 0, 3, 1]
@@ -137,11 +134,7 @@ def test_a_text_that_ends_in_the_pad_token_is_read_to_its_end(tiny_gpt2: Languag
     left = client_update(tiny_gpt2, texts, [0, 0], dtype="float64", padding_side="left")
     assert_same(left, batch.gradients, 1e-10)
     position = batch.gradients["transformer.wpe.weight"].norm(dim=1)
-    first = (
-        client_update(tiny_gpt2, texts[:1], [0], dtype="float64")
-        .gradients["transformer.wpe.weight"]
-        .norm(dim=1)
-    )
+    first = client_update(tiny_gpt2, texts[:1], [0], dtype="float64").gradients["transformer.wpe.weight"].norm(dim=1)
     assert (first[:3] > 0).all()
     assert (position[:6] > 0).all()
     assert (position[6:] == 0).all()
@@ -181,9 +174,7 @@ def test_share_restricts_and_the_model_is_left_as_it_was(model: LanguageModel) -
 )
 def test_share_attention_is_the_linear_maps_of_attention(model: LanguageModel, maps: list[str]) -> None:
     names = list(client_update(model, TEXTS, share="attention").gradients)
-    block = {"tiny-gpt2": "transformer.h", "tiny-llama": "model.layers", "tiny-bert": "bert.encoder.layer"}[
-        model.name
-    ]
+    block = {"tiny-gpt2": "transformer.h", "tiny-llama": "model.layers", "tiny-bert": "bert.encoder.layer"}[model.name]
     assert names == [f"{block}.{index}.{name}" for index in range(3) for name in maps]
 
 
@@ -193,12 +184,8 @@ def test_dtypes(model: LanguageModel, dtype: str, tolerance: float) -> None:
     wanted = client_update(model, TEXTS, dtype="float64").gradients
     found = client_update(model, TEXTS, dtype=dtype)
     assert {tensor.dtype for tensor in found.gradients.values()} == {getattr(torch, dtype)}
-    assert all(
-        tensor.device.type == "cpu" and not tensor.requires_grad for tensor in found.gradients.values()
-    )
-    error = sum(
-        float((found.gradients[name].double() - tensor).square().sum()) for name, tensor in wanted.items()
-    )
+    assert all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in found.gradients.values())
+    error = sum(float((found.gradients[name].double() - tensor).square().sum()) for name, tensor in wanted.items())
     size = sum(float(tensor.square().sum()) for tensor in wanted.values())
     assert (error / size) ** 0.5 < tolerance
     assert model.network.dtype == torch.float32
@@ -209,9 +196,7 @@ def test_rotary_frequencies_keep_float32(tiny_llama: LanguageModel, monkeypatch:
     seen = []
     rotary = type(tiny_llama.network.rotary_emb)
     forward = rotary.forward
-    monkeypatch.setattr(
-        rotary, "forward", lambda self, *a, **k: seen.append(self.inv_freq) or forward(self, *a, **k)
-    )
+    monkeypatch.setattr(rotary, "forward", lambda self, *a, **k: seen.append(self.inv_freq) or forward(self, *a, **k))
     client_update(tiny_llama, TEXTS, dtype="bfloat16", share="attention")
     assert all(torch.equal(frequencies, tiny_llama.network.rotary_emb.inv_freq) for frequencies in seen)
     assert seen

@@ -86,9 +86,7 @@ def test_malformed_file(tsv, content, place, advice):
     assert len(line) < len(str(path)) + 200
 
 
-@pytest.mark.parametrize(
-    ("name", "advice"), [("", "directory"), ("nowhere.tsv", "names: reviews"), ("a\0b", "read")]
-)
+@pytest.mark.parametrize(("name", "advice"), [("", "directory"), ("nowhere.tsv", "names: reviews"), ("a\0b", "read")])
 def test_no_file(tmp_path, name, advice):
     with pytest.raises(DagerError, match=advice) as caught:
         load_texts(tmp_path / name)
@@ -100,9 +98,7 @@ def test_split_of_a_file_is_an_error(tsv):
         load_texts(tsv(HEADER + b"1\ta\n"), split="test")
 
 
-@pytest.mark.parametrize(
-    ("name", "at_least"), [("reviews", 300), ("grammar", 400), ("notes", 60), ("passages", 12)]
-)
+@pytest.mark.parametrize(("name", "at_least"), [("reviews", 300), ("grammar", 400), ("notes", 60), ("passages", 12)])
 def test_own_texts(name, at_least):
     examples = load_texts(name)
     texts = [example.text for example in examples]

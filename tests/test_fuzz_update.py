@@ -94,16 +94,12 @@ def cut(raw: bytes, chance: random.Random) -> bytes:
     """Truncate, extend, drop or repeat a part."""
     start, end = sorted(chance.choices(range(chance.choice([12, 500, len(raw)])), k=2))
     tail = bytes(chance.randrange(1, 100))
-    return chance.choice(
-        [raw[:end], raw[start:], raw[:start] + raw[end:], raw[:end] + raw[start:], raw + tail]
-    )
+    return chance.choice([raw[:end], raw[start:], raw[:start] + raw[end:], raw[:end] + raw[start:], raw + tail])
 
 
 def lie_about_length(raw: bytes, chance: random.Random) -> bytes:
     length = int.from_bytes(raw[:8], "little")
-    lie = chance.choice(
-        [length + chance.randint(-9, 9), chance.getrandbits(chance.randint(1, 64)), 2**63, 10**8]
-    )
+    lie = chance.choice([length + chance.randint(-9, 9), chance.getrandbits(chance.randint(1, 64)), 2**63, 10**8])
     return (lie % 2**64).to_bytes(8, "little") + raw[8:]
 
 
@@ -118,9 +114,7 @@ def edit_tensor(raw: bytes, chance: random.Random) -> bytes:
     elif field in ("shape", "data_offsets"):
         entry[field][chance.randrange(len(entry[field]))] = chance.choice(NUMBERS)
         if chance.random() < 0.3:
-            entry[field] = chance.choice(
-                [[], None, entry[field] * 2, [1] * 3000, entry[field][::-1], {"a": 1}]
-            )
+            entry[field] = chance.choice([[], None, entry[field] * 2, [1] * 3000, entry[field][::-1], {"a": 1}])
     elif field == "missing":
         del entry[chance.choice(list(entry))]
     elif field == "extra":
@@ -177,9 +171,7 @@ def break_json(raw: bytes, chance: random.Random) -> bytes:
         b'{"a":1e999}',
         text.decode().encode("utf-16"),
     ]
-    return _join(
-        chance.choice([*texts, lone_surrogate, twice, text[:-1], text + b" " * depth, b"\xff" + text]), data
-    )
+    return _join(chance.choice([*texts, lone_surrogate, twice, text[:-1], text + b" " * depth, b"\xff" + text]), data)
 
 
 def change_numbers(raw: bytes, chance: random.Random) -> bytes:
@@ -187,9 +179,7 @@ def change_numbers(raw: bytes, chance: random.Random) -> bytes:
     header, data = _split(raw)
     data, size = bytearray(data), chance.choice([2, 4, 1000])
     start = chance.randrange(len(data) - size)
-    data[start : start + size] = chance.choice(
-        [chance.randbytes(size), b"\xff" * size, b"\0\0\x80\x7f" * (size // 4)]
-    )
+    data[start : start + size] = chance.choice([chance.randbytes(size), b"\xff" * size, b"\0\0\x80\x7f" * (size // 4)])
     return _join(header, bytes(data))
 
 
@@ -209,9 +199,7 @@ MUTATORS: list[Callable[[bytes, random.Random], bytes]] = [
 def valid_file(tiny_gpt2: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("fuzz") / "update.safetensors"
     names = [f"transformer.h.{block}.attn.c_attn.{leaf}" for block in (0, 1) for leaf in ("weight", "bias")]
-    update = client_update(
-        tiny_gpt2, ["the dog is good"], share=[*names, "transformer.ln_f.bias", "score.weight"]
-    )
+    update = client_update(tiny_gpt2, ["the dog is good"], share=[*names, "transformer.ln_f.bias", "score.weight"])
     Update(update.gradients, "delta", 0.1, "tiny-gpt2").save(path)
     return path.read_bytes()
 

@@ -32,9 +32,7 @@ def word_model(*, framed: bool) -> LanguageModel:
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
     size = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1}
     config = GPT2Config(vocab_size=len(WORDS), bos_token_id=None, eos_token_id=None, **size)
-    return LanguageModel(
-        "words", GPT2Model(config), PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    )
+    return LanguageModel("words", GPT2Model(config), PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names))
 
 
 PLAIN = word_model(framed=False)
@@ -75,10 +73,7 @@ def brute_force(truths: list[str], recovered: list[str]) -> float:
     counts = Counter(truths)
     choices = [*recovered, *[""] * len(counts)]
     best = max(
-        sum(
-            count * slow_gain(truth, choice)
-            for (truth, count), choice in zip(counts.items(), order, strict=False)
-        )
+        sum(count * slow_gain(truth, choice) for (truth, count), choice in zip(counts.items(), order, strict=False))
         for order in set(permutations(choices, len(counts)))
     )
     return best / len(truths)
@@ -99,9 +94,7 @@ def test_no_assignment_is_better(batch, recovered):
 
 @settings(max_examples=75, deadline=None)
 @given(batches, reconstructions, st.randoms(use_true_random=False))
-@example(
-    ["a", "a a", "b a", "b"], ["a", "a", "a a b a"], Random(0)
-)  # two places for the second "a", equally good
+@example(["a", "a a", "b a", "b"], ["a", "a", "a a b a"], Random(0))  # two places for the second "a", equally good
 def test_orders_frames_and_strangers_change_nothing(batch, recovered, random):
     result = score(found(*recovered), batch, PLAIN)
     places = random.sample(range(len(batch)), len(batch))

@@ -8,7 +8,15 @@ import pytest
 import torch
 from conftest import random_model, word_tokenizer
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, SmolLM3Config, T5Config, T5EncoderModel
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    SmolLM3Config,
+    T5Config,
+    T5EncoderModel,
+)
 
 from dager_tutorial.client import client_update
 from dager_tutorial.errors import ModelError

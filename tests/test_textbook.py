@@ -88,9 +88,7 @@ def test_the_network_is_stopped_at_what_it_would_compute(model):
     adapter = adapter_for(model.network)
     ids = torch.randint(5, 300, (3, 6), generator=torch.Generator().manual_seed(0))
     tap = adapter.tap(1, QKV)
-    assert torch.equal(
-        second_block_inputs(adapter, ids), adapter.tap_inputs(ids, torch.ones_like(ids), [tap])[tap]
-    )
+    assert torch.equal(second_block_inputs(adapter, ids), adapter.tap_inputs(ids, torch.ones_like(ids), [tap])[tap])
     assert model.network(input_ids=ids).last_hidden_state.shape == (3, 6, 64)  # no hook is left behind
 
 
@@ -134,9 +132,7 @@ def test_progress_tells_the_stages(tiny_gpt2):
     calls = []
     textbook_attack(tiny_gpt2, client_update(tiny_gpt2, TEXTS), progress=lambda *call: calls.append(call))
     longest = max(len(ids) for ids in truth(tiny_gpt2, TEXTS))
-    assert [call for call in calls if call[0] == "filter"] == [
-        ("filter", n + 1, None) for n in range(longest)
-    ]
+    assert [call for call in calls if call[0] == "filter"] == [("filter", n + 1, None) for n in range(longest)]
     assert calls[-1] == (
         "search",
         len({ids[:n] for ids in truth(tiny_gpt2, TEXTS) for n in range(1, 8)}),

@@ -163,9 +163,7 @@ def test_a_record_is_checked_when_made(fields: dict, message: str) -> None:
 @every_model
 @pytest.mark.parametrize("prefixed", [True, False])
 @pytest.mark.parametrize("headed", [True, False])
-def test_every_client_s_names_become_the_backbone_s(
-    model: LanguageModel, prefixed: bool, headed: bool
-) -> None:
+def test_every_client_s_names_become_the_backbone_s(model: LanguageModel, prefixed: bool, headed: bool) -> None:
     update = client_update(model, TEXTS)
     prefix = f"{model.network.base_model_prefix}."
     kept = {name: tensor for name, tensor in update.gradients.items() if headed or name.startswith(prefix)}
@@ -195,13 +193,9 @@ def test_partly_shared_is_fine(model: LanguageModel) -> None:
 
 
 @every_model
-def test_names_and_shapes_that_do_not_fit_are_named(
-    model: LanguageModel, request: pytest.FixtureRequest
-) -> None:
+def test_names_and_shapes_that_do_not_fit_are_named(model: LanguageModel, request: pytest.FixtureRequest) -> None:
     update = client_update(model, TEXTS)
-    name = next(
-        n for n in update.gradients if n.startswith(model.network.base_model_prefix) and n.endswith("weight")
-    )
+    name = next(n for n in update.gradients if n.startswith(model.network.base_model_prefix) and n.endswith("weight"))
     own = name.removeprefix(f"{model.network.base_model_prefix}.")
     tensor = update.gradients[name]
     faults = {
@@ -217,9 +211,7 @@ def test_names_and_shapes_that_do_not_fit_are_named(
         assert "name the model that the client used" in str(caught.value) or "keep one" in str(caught.value)
     for other in MODELS:
         if other != request.node.callspec.params["model"]:
-            with pytest.raises(
-                UpdateError, match=r"no tensor of the update belongs .* names the model 'tiny"
-            ):
+            with pytest.raises(UpdateError, match=r"no tensor of the update belongs .* names the model 'tiny"):
                 update.for_backbone(request.getfixturevalue(other).network)
 
 

@@ -83,9 +83,7 @@ def _tokenizer(n_tokens: int = 8) -> PreTrainedTokenizerFast:
 
 
 def _tiny_gpt2(**changes) -> GPT2Config:
-    return GPT2Config(
-        **{"vocab_size": 8, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32} | changes
-    )
+    return GPT2Config(**{"vocab_size": 8, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32} | changes)
 
 
 def _same(first, second) -> bool:
@@ -184,9 +182,7 @@ def test_records_tell_the_truth(smollm2, cache, tmp_path):
 # ---- the cache heals
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncated", "changed", "deleted", "no manifest", "garbled manifest", "old recipe"]
-)
+@pytest.mark.parametrize("damage", ["truncated", "changed", "deleted", "no manifest", "garbled manifest", "old recipe"])
 def test_damaged_folder_is_made_again(damage, cache, offline):
     before = load_model("minilm-l6", cache=cache)
     expected = {name: tensor.clone() for name, tensor in before.network.state_dict().items()}
@@ -342,12 +338,8 @@ def test_unpack_writes_only_what_is_asked_for(tmp_path):
     "config",
     [
         _tiny_gpt2(),
-        BertConfig(
-            vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-        ),
-        LlamaConfig(
-            vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-        ),
+        BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32),
+        LlamaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32),
     ],
     ids=lambda config: config.model_type,
 )
@@ -456,9 +448,7 @@ def test_checkpoints_with_a_head_and_bfloat16_are_read_headless_in_float32(tmp_p
 
 
 def test_a_missing_pooler_is_drawn_from_the_seed(tmp_path):
-    config = BertConfig(
-        vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
+    config = BertConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     BertForMaskedLM(config).save_pretrained(tmp_path)
     _tokenizer().save_pretrained(tmp_path)
     first, second, other = (load_model(str(tmp_path), seed=seed).network for seed in (1, 1, 2))

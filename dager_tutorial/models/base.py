@@ -8,9 +8,10 @@ computes is compared with the unmodified transformers model in the tests.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,8 @@ class Adapter(ABC):
     input_first = False
 
     def __init__(self, network: PreTrainedModel) -> None:
-        self.network = network
+        # Any: the submodules differ from family to family, and transformers declares them as tensors or modules.
+        self.network: Any = network
         self.config = network.config
 
     @property
@@ -119,8 +121,8 @@ class Adapter(ABC):
 
     @property
     @abstractmethod
-    def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks in order."""
+    def blocks(self) -> Any:
+        """The transformer blocks in order, an `nn.ModuleList`."""
 
     @property
     @abstractmethod

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -16,8 +16,8 @@ class BertAdapter(Adapter):
     causal = False
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks in order."""
+    def blocks(self) -> Any:
+        """The transformer blocks in order, an `nn.ModuleList`."""
         return self.network.encoder.layer
 
     @property

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,8 +22,8 @@ class GPT2Adapter(DecoderAdapter):
         self.head_width = self.hidden_size // self.num_heads
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks in order."""
+    def blocks(self) -> Any:
+        """The transformer blocks in order, an `nn.ModuleList`."""
         return self.network.h
 
     @property
@@ -35,7 +35,9 @@ class GPT2Adapter(DecoderAdapter):
     def first_input(self) -> FirstInput:
         """The factors of block 0's attention input."""
         norm = self.blocks[0].ln_1
-        return FirstInput(self.network.wte.weight, self.network.wpe.weight, norm.weight, norm.bias, norm.eps, centred=True)
+        return FirstInput(
+            self.network.wte.weight, self.network.wpe.weight, norm.weight, norm.bias, norm.eps, centred=True
+        )
 
     def linear_maps(self, block: int, kind: str) -> tuple[nn.Module, ...]:
         """The linear modules that read the tap `kind` of a block."""

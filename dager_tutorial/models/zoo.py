@@ -152,9 +152,7 @@ def export_model(
     """
     target = Path(folder).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(
-            f"{folder} exists and is not an empty folder: nothing was written; choose another one"
-        )
+        raise ModelError(f"{folder} exists and is not an empty folder: nothing was written; choose another one")
     model = load_model(name, device=device, seed=seed, blocks=blocks, cache=cache)
     with writing(target.parent, "choose another folder"), workshop(target.parent, ".export-") as place:
         checkpoint.save_checkpoint(model.network, model.tokenizer, place / "made")
@@ -174,9 +172,7 @@ def available_models(cache: str | os.PathLike[str] | None = None) -> list[ModelR
         The zoo's models, then the built-in random ones.
     """
     folder = cache_folder(cache)
-    return [_pinned_record(name, folder) for name in PINNED] + [
-        _random_record(name, folder) for name in _CONFIGS
-    ]
+    return [_pinned_record(name, folder) for name in PINNED] + [_random_record(name, folder) for name in _CONFIGS]
 
 
 def _pinned_record(name: str, cache: Path) -> ModelRecord:
@@ -210,9 +206,7 @@ def _random_record(name: str, cache: Path) -> ModelRecord:
     )
 
 
-def _load_trained(
-    folder: Path, seed: int, blocks: int | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_trained(folder: Path, seed: int, blocks: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = checkpoint.read_config(folder, blocks)
     tokenizer = checkpoint.read_tokenizer(folder)
     _check_vocabulary(tokenizer, config, folder)

@@ -1,0 +1,136 @@
+"""The factored token filter against testing every pair by itself, and the graph that says what survives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from test_models import family, shake
+
+from dager_tutorial.attack import evidence_of
+from dager_tutorial.client import client_update, encode
+from dager_tutorial.models import adapter_for
+from dager_tutorial.models.base import QKV, LanguageModel
+from dager_tutorial.subspace import Span
+from dager_tutorial.token_filter import Candidates, filter_tokens, first_vectors
+from dager_tutorial.update import Update
+
+Draw = Callable[..., list[str]]
+ALL = ["tiny_gpt2", "biased_gpt2", "tiny_bert", "biased_bert", "tiny_llama", "qwen2"]
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    name = request.param
+    if name.startswith("biased_"):
+        plain: LanguageModel = request.getfixturevalue(name.replace("biased", "tiny"))
+        return shake(replace(plain, network=copy.deepcopy(plain.network)))
+    return request.getfixturevalue(name) if name.startswith("tiny_") else family(name)
+
+
+def every(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("model", names, indirect=True)
+
+
+def block_0(model: LanguageModel, update: Update) -> Span:
+    span = evidence_of(model, update).span(0, QKV)
+    assert span is not None
+    return span
+
+
+def pairs_of(candidates: Candidates) -> set[tuple[int, int]]:
+    """(token, position); for rotary models every token at position 0."""
+    return {(int(token), place) for place, tokens in enumerate(candidates.tokens) for token in tokens}
+
+
+def one_by_one(model: LanguageModel, span: Span) -> set[tuple[int, int]]:
+    """Every token at every position, tested exactly."""
+    source = adapter_for(model.network).first_input
+    vocabulary = torch.arange(len(source.tokens))
+    places = range(1 if source.positions is None else len(source.positions))
+    found = set()
+    for place in places:
+        vectors = first_vectors(source, vocabulary, torch.full_like(vocabulary, place))
+        passing = (span.ratio(vectors) <= span.bound).nonzero()[:, 0]
+        found |= {(int(token), place) for token in passing}
+    return found
+
+
+@every(*ALL)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_filter_equals_testing_every_pair(model: LanguageModel, dtype: str, random_texts: Draw) -> None:
+    for size, seed in [(1, 5), (3, 6)]:
+        texts = random_texts(size, seed)
+        span = block_0(model, client_update(model, texts, dtype=dtype))
+        wanted = one_by_one(model, span)
+        for screening, chunk in [(0, 8192), (1, 50)]:
+            found = filter_tokens(adapter_for(model.network).first_input, span, seed=screening, chunk=chunk)
+            assert pairs_of(found) == wanted
+            assert found.count == len(wanted)
+            assert found.every_position == (adapter_for(model.network).first_input.positions is None)
+
+
+@every(*ALL)
+def test_true_tokens_pass_and_candidates_are_what_the_graph_says(model: LanguageModel, random_texts: Draw) -> None:
+    """With absolute positions exactly the pairs within one component of the graph pass; with rotary, the tokens."""
+    rotary = adapter_for(model.network).first_input.positions is None
+    for size, seed in [(1, 7), (2, 8), (3, 9)]:
+        texts = random_texts(size, seed)
+        true = {(t, i) for ids in encode(model.tokenizer, texts) for i, t in enumerate(ids)}
+        span = block_0(model, client_update(model, texts))
+        found = filter_tokens(adapter_for(model.network).first_input, span)
+        if rotary:
+            assert pairs_of(found) == {(token, 0) for token, _ in true}
+            assert set(found.at(7).tolist()) == set(found.at(0).tolist())
+        else:
+            assert pairs_of(found) == closure(true)
+            assert not len(found.at(10**6))
+
+
+def closure(true: set[tuple[int, int]]) -> set[tuple[int, int]]:
+    """All pairs of a token and a position of one connected component."""
+    tokens = {token: {token} for token, _ in true}
+    positions: dict[int, set[int]] = {token: {i for t, i in true if t == token} for token in tokens}
+    for _ in tokens:
+        for one in tokens:
+            for other in tokens:
+                if positions[one] & positions[other]:
+                    positions[one] = positions[other] = positions[one] | positions[other]
+    return {(token, place) for token in tokens for place in positions[token]}
+
+
+def test_components_stay_apart(tiny_gpt2: LanguageModel) -> None:
+    """One text of distinct words has as many components as words; a word at two places joins them."""
+    for text, count in [("a cat is good", 4), ("a cat is a dog", 6), ("a a a", 3)]:
+        span = block_0(tiny_gpt2, client_update(tiny_gpt2, [text]))
+        ids = encode(tiny_gpt2.tokenizer, [text])[0]
+        found = pairs_of(filter_tokens(adapter_for(tiny_gpt2.network).first_input, span))
+        assert found == closure({(token, place) for place, token in enumerate(ids)})
+        assert len(found) == count
+
+
+@pytest.mark.parametrize("start", [5, 40])
+def test_texts_that_begin_late(tiny_gpt2: LanguageModel, start: int) -> None:
+    """Positions left of the first token hold none; those of its texts are found wherever they are."""
+    network, adapter = copy.deepcopy(tiny_gpt2.network).requires_grad_(True), adapter_for(tiny_gpt2.network)
+    ids = torch.tensor(encode(tiny_gpt2.tokenizer, ["the dog is good", "we want more milk"]))
+    positions = torch.arange(start, start + 4).expand(2, 4)
+    network(input_ids=ids, position_ids=positions).last_hidden_state[:, -1, ::2].square().sum().backward()
+    update = Update({n: p.grad for n, p in network.named_parameters() if p.grad is not None})
+    found = filter_tokens(adapter.first_input, block_0(tiny_gpt2, update))
+    true = {(int(t), start + i) for row in ids for i, t in enumerate(row)}
+    assert true <= pairs_of(found) == closure(true)
+    assert len(found.tokens) == start + 4
+    assert not any(len(tokens) for tokens in found.tokens[:start])
+
+
+@every("tiny_gpt2", "tiny_llama")
+def test_the_best_candidate_comes_first(model: LanguageModel, random_texts: Draw) -> None:
+    source = adapter_for(model.network).first_input
+    span = block_0(model, client_update(model, random_texts(3, 3), dtype="bfloat16"))
+    for place, tokens in enumerate(filter_tokens(source, span).tokens):
+        ratios = span.ratio(first_vectors(source, tokens, torch.full_like(tokens, place)))
+        assert ratios.tolist() == pytest.approx(sorted(ratios.tolist()), rel=1e-3)
