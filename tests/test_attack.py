@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -29,6 +31,20 @@ Draw = Callable[..., list[str]]
 Sequences = set[tuple[int, ...]]
 TINY = ["tiny_gpt2", "tiny_llama", "tiny_llama_bos"]
 ALL = [*TINY, "mistral", "qwen2", "smollm3", "smollm3-nope"]
+
+
+@pytest.fixture(autouse=True)
+def _endless_searches_fail() -> Iterator[None]:
+    """Several traps make a naive search wander for ever: let that fail a test, and not stop all others."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError("the search does not end")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(90)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
@@ -192,10 +208,15 @@ def test_a_long_text(model: LanguageModel, random_texts: Draw) -> None:
 
 @pytest.mark.parametrize("task", ["classification", "next_token"])
 def test_512_tokens(task: str) -> None:
-    model = family("llama", 768, 2)
-    model.network.config.max_position_embeddings = 600
-    text = " ".join((WORDS[::2] + WORDS[1::2])[:512])
-    assert_exact(recover(model, [text], task), truth(model, [text], task))
+    """All where each carries a loss; where only the last one does, the early ones' gradients drown in rounding."""
+    model, chance = family("llama", 576, 2), random.Random(4)
+    text = " ".join(chance.choices(WORDS[::27], k=512))
+    found = attack(model, client_update(model, [text], task=task), config=AttackConfig(time_budget=60))
+    if task == "next_token":
+        assert_exact(found, truth(model, [text], task))
+    else:
+        assert found.status in {"partial", "saturated"}
+        assert len(found.sequences) <= 20
 
 
 @every(TINY)

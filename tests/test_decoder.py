@@ -31,7 +31,7 @@ def every(names: list[str]) -> pytest.MarkDecorator:
 
 
 def evidence(model: LanguageModel, texts: list[str]) -> tuple[Evidence, Candidates]:
-    """Spans and candidates of a batch under next-token loss, which leaves every prefix but the whole text a gradient."""
+    """Spans and candidates of a batch under next-token loss: every prefix but the whole text has a gradient."""
     read = evidence_of(model, client_update(model, texts, task="next_token"))
     first = read.span(0, QKV)
     assert first is not None
@@ -73,6 +73,11 @@ def recomputed(model: LanguageModel, read: Evidence, candidates: Candidates, lon
     return found
 
 
+def without_chains(found: Prefixes) -> Prefixes:
+    """All but a first token repeated and nothing else, which the tree follows only as far as it must."""
+    return {tokens for tokens in found if len(tokens) == 1 or len({*tokens}) > 1}
+
+
 def kept(tree: Tree) -> Prefixes:
     return {node.tokens for node in tree.nodes}
 
@@ -86,7 +91,7 @@ def test_the_tree_holds_the_batchs_prefixes_and_equals_the_recomputed_search(
     tree = search(read, candidates, PLACES)
     assert {node.tokens for index, node in enumerate(tree.nodes) if index in tree.real()} == prefixes(model, texts)
     longest = max(len(node.tokens) for node in tree.nodes)
-    assert kept(tree) == recomputed(model, read, candidates, longest)
+    assert without_chains(kept(tree)) == without_chains(recomputed(model, read, candidates, longest))
 
 
 @every(ALL)

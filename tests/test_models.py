@@ -55,7 +55,7 @@ def family(kind: str, hidden: int = 64, seed_shape: int = 3) -> LanguageModel:
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        max_position_embeddings=256,
+        max_position_embeddings=520,
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=1,
@@ -120,7 +120,9 @@ def test_step_by_step_primitives_equal_the_forward_pass(model: LanguageModel) ->
     seen = hooked(model, ids, torch.ones_like(ids))
     hidden = [adapter.embed(ids[:, position], position) for position in range(ids.shape[1])]
     for block in range(adapter.num_blocks):
-        keys, values, found = [], [], {kind: [] for kind in KINDS}
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
         for position, state in enumerate(hidden):
             vectors = adapter.attention_input(block, state)
             query, key, value = adapter.project(block, vectors, position)
@@ -215,5 +217,5 @@ def test_starts_move_a_text_of_absolute_positions(tiny_gpt2: LanguageModel) -> N
 
 def test_an_unknown_architecture_is_named() -> None:
     config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(ModelError, match="'t5'.*gpt2.*llama"):
+    with pytest.raises(ModelError, match=r"'t5'.*gpt2.*llama"):
         adapter_for(T5EncoderModel(config))
