@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +82,7 @@ class Tree:
 
 
 @dataclass
-class _Front:
+class Front:
     """Prefixes of one length, with what is cached of their tokens in block 0.
 
     Attributes:
@@ -98,15 +99,15 @@ class _Front:
     values: Tensor
     seen: Tensor
 
-    def take(self, places: list[int]) -> _Front:
+    def take(self, places: list[int]) -> Front:
         """The front of some of its prefixes."""
         rows = torch.tensor(places, dtype=torch.long, device=self.keys.device)
         nodes = [self.nodes[place] for place in places]
-        return _Front(nodes, self.starts[rows], self.keys[rows], self.values[rows], self.seen[rows])
+        return Front(nodes, self.starts[rows], self.keys[rows], self.values[rows], self.seen[rows])
 
 
 @dataclass(frozen=True)
-class _Extension:
+class Extension:
     """All candidates of one position, as block 0 sees them.
 
     Attributes:
@@ -128,8 +129,178 @@ class _Extension:
     seen: Tensor
 
 
-class PrefixSearch:
-    """Grows the tree of prefixes of one update.
+class TreeSearch(ABC):
+    """Grows a tree of prefixes; which extensions are kept is what subclasses decide.
+
+    Args:
+        adapter: The architecture.
+        candidates: Tokens that may stand at each position.
+        directions: float32, (heads * width) x directions, on which values are screened.
+        expected_rows: The number of distinct prefixes, where a clear rank tells it, else None.
+        widest: How many prefixes of one length are kept at most; the best are.
+        memory: Bytes that intermediate results may take.
+        deadline: Value of `time.perf_counter` after which the search stops, or None.
+        progress: Called with the number of prefixes confirmed so far and the expected number, or None.
+    """
+
+    def __init__(
+        self,
+        adapter: DecoderAdapter,
+        candidates: Candidates,
+        directions: Tensor,
+        *,
+        expected_rows: int | None,
+        widest: int,
+        memory: int,
+        deadline: float | None,
+        progress: Callable[[int, int | None], None] | None,
+    ) -> None:
+        self.adapter, self.candidates, self.memory = adapter, candidates, memory
+        self.expected_rows, self.deadline, self.progress = expected_rows, deadline, progress
+        self.widest = widest
+        self.rotary = candidates.every_position
+        self.tree = Tree()
+        self.directions = directions.unflatten(0, (adapter.num_heads, adapter.head_width))
+
+    @abstractmethod
+    def select(self, front: Front, extension: Extension) -> tuple[Tensor, Tensor]:
+        """Choose extensions.
+
+        Args:
+            front: Prefixes of one length.
+            extension: Candidates of the next position.
+
+        Returns:
+            Pairs (int64, count x 2: prefix, or -1 where a text begins; candidate) and their ratios (float32).
+        """
+
+    @property
+    def late(self) -> bool:
+        """True once the deadline has passed."""
+        return self.deadline is not None and time.perf_counter() > self.deadline
+
+    @torch.no_grad()
+    def run(self) -> Tree:
+        """Grow until no prefix can be extended; then follow repeated first tokens if something is unexplained."""
+        chains = self._grow(self._empty_front(), 0)
+        position = 1
+        while chains is not None and chains.nodes and position < self._longest_repeat() and not self._explained():
+            position += 1
+            chains = self._grow(chains, position)
+        return self.tree
+
+    def _explained(self) -> bool:
+        return self.late or (self.expected_rows is not None and self.tree.distinct_rows() >= self.expected_rows)
+
+    def _longest_repeat(self) -> int:
+        limit = LONGEST_REPEAT if self.expected_rows is not None else LONGEST_REPEAT_IN_NOISE
+        return min(limit, self.adapter.max_positions - 1)
+
+    def _grow(self, front: Front, position: int) -> Front | None:
+        """Grow a front from a position to the end; returns the repeats one token longer than the front, put aside."""
+        aside: Front | None = None
+        while position < self.adapter.max_positions and not self.late:
+            if position and not front.nodes and (self.rotary or position >= len(self.candidates.tokens)):
+                break
+            grown = self._step(front, position)
+            repeats = [place for place, node in enumerate(grown.nodes) if self.tree.nodes[node].repeats]
+            if repeats:
+                aside = grown.take(repeats) if aside is None else aside
+                grown = grown.take([place for place in range(len(grown.nodes)) if place not in set(repeats)])
+            front = grown
+            position += 1
+            if self.progress:
+                self.progress(self.tree.distinct_rows(), self.expected_rows)
+        return aside
+
+    def _empty_front(self) -> Front:
+        adapter = self.adapter
+        device = adapter.first_input.tokens.device
+        cache = torch.empty(0, 0, adapter.num_key_heads, adapter.head_width, device=device)
+        seen = torch.empty(0, 0, adapter.num_heads, self.directions.shape[2], device=device)
+        return Front([], torch.empty(0, dtype=torch.long, device=device), cache, cache, seen)
+
+    def _extension(self, position: int) -> Extension:
+        adapter = self.adapter
+        tokens = self.candidates.at(position)
+        hidden = adapter.embed(tokens, position)
+        query, key, value = adapter.project(0, adapter.attention_input(0, hidden), position)
+        groups = adapter.num_heads // adapter.num_key_heads
+        seen = torch.einsum("chw,hwn->chn", value.repeat_interleave(groups, 1), self.directions)
+        return Extension(position, tokens, hidden, query, key, value, seen)
+
+    def _step(self, front: Front, position: int) -> Front:
+        """Extend every prefix by every candidate of a position, and begin new ones where texts may begin."""
+        if not len(self.candidates.at(position)):
+            return self._empty_front()
+        extension = self._extension(position)
+        pairs, ratios = self.select(front, extension)
+        best = ratios.argsort(stable=True)[: self.widest]
+        best = best.sort().values
+        return self._grown(front, extension, pairs[best], ratios[best])
+
+    def _beginnings(self, extension: Extension) -> Tensor:
+        """Pairs of no prefix (-1) and every candidate, where texts may begin at this position."""
+        count = len(extension.tokens) if extension.position == 0 or not self.rotary else 0
+        alone = torch.arange(count, device=extension.tokens.device)
+        return torch.stack([torch.full_like(alone, -1), alone], 1)
+
+    def _attended(self, front: Front, extension: Extension, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Chunks of the pairs with the inputs of block 0's attention output map (float32, pairs x width)."""
+        adapter = self.adapter
+        length = front.keys.shape[1] + 1
+        entry = 4 * (4 * length * adapter.num_heads * adapter.head_width + 12 * adapter.hidden_size)
+        for part in pairs.split(max(1, self.memory // entry)):
+            if self.late or not len(part):
+                return
+            place, choice = part.unbind(1)
+            keys, values = extension.key[choice, None], extension.value[choice, None]
+            starts = None
+            if int(place[0]) >= 0:
+                keys = torch.cat([front.keys[place], keys], 1)
+                values = torch.cat([front.values[place], values], 1)
+                starts = front.starts[place]
+            yield part, attend(adapter, 0, extension.query[choice], keys, values, starts)
+
+    def _grown(self, front: Front, extension: Extension, pairs: Tensor, ratios: Tensor) -> Front:
+        """Enter accepted pairs into the tree and build the next front."""
+        if not len(pairs):
+            return self._empty_front()
+        place, choice = pairs.unbind(1)
+        nodes = [
+            self._enter(front, index, extension.position, token, ratio)
+            for index, token, ratio in zip(
+                place.tolist(), extension.tokens[choice].tolist(), ratios.tolist(), strict=True
+            )
+        ]
+        starts = torch.full_like(place, extension.position)
+        old = place >= 0
+        starts[old] = front.starts[place[old]]
+
+        def longer(past: Tensor, new: Tensor) -> Tensor:
+            cache = new.new_zeros(len(pairs), extension.position + 1, *new.shape[1:])
+            if bool(old.any()):
+                cache[old, :-1] = past[place[old]]
+            cache[:, -1] = new[choice]
+            return cache
+
+        keys, values = longer(front.keys, extension.key), longer(front.values, extension.value)
+        return Front(nodes, starts, keys, values, longer(front.seen, extension.seen))
+
+    def _enter(self, front: Front, place: int, position: int, token: int, ratio: float) -> int:
+        if place < 0:
+            node = Node((token,), position, ratio, None, repeats=False)
+        else:
+            parent = front.nodes[place]
+            before = self.tree.nodes[parent]
+            chain = self.rotary and before.tokens[0] == token and (before.repeats or len(before.tokens) == 1)
+            node = Node((*before.tokens, token), before.start, max(ratio, before.ratio), parent, repeats=chain)
+        self.tree.nodes.append(node)
+        return len(self.tree.nodes) - 1
+
+
+class PrefixSearch(TreeSearch):
+    """Keeps the extensions whose vectors lie in the spans of one update, by a cascade of tests.
 
     Args:
         adapter: The architecture.
@@ -154,94 +325,33 @@ class PrefixSearch:
         seed: int = 0,
         progress: Callable[[int, int | None], None] | None = None,
     ) -> None:
-        self.adapter, self.candidates, self.memory = adapter, candidates, memory
-        self.expected_rows, self.deadline, self.progress = expected_rows, deadline, progress
         self.attention = spans.get((0, ATTENTION_OUTPUT))
         self.mlp = spans.get((0, MLP))
         self.next_block = spans.get((1, QKV)) if adapter.num_blocks > 1 else None
-        self.rotary = candidates.every_position
-        self.tree = Tree()
-        count = SCREEN_DIRECTIONS if self.attention is not None else 0
-        width = adapter.num_heads * adapter.head_width
-        directions = torch.zeros(width, 0, device=adapter.first_input.tokens.device)
+        directions = torch.zeros(adapter.num_heads * adapter.head_width, 0, device=adapter.first_input.tokens.device)
         if self.attention is not None:
-            directions = self.attention.screen(count, torch.Generator().manual_seed(seed))
-        self.directions = directions.unflatten(0, (adapter.num_heads, adapter.head_width))
+            directions = self.attention.screen(SCREEN_DIRECTIONS, torch.Generator().manual_seed(seed))
+        super().__init__(
+            adapter,
+            candidates,
+            directions,
+            expected_rows=expected_rows,
+            # Different rows of one length are independent, so that more than the rank cannot be true.
+            widest=max((span.rank for span in spans.values()), default=adapter.hidden_size),
+            memory=memory,
+            deadline=deadline,
+            progress=progress,
+        )
 
-    @property
-    def late(self) -> bool:
-        """True once the deadline has passed."""
-        return self.deadline is not None and time.perf_counter() > self.deadline
-
-    @torch.no_grad()
-    def run(self) -> Tree:
-        """Grow until no prefix can be extended; then follow repeated first tokens if something is unexplained."""
-        chains = self._grow(self._empty_front(), 0)
-        position = 1
-        while chains is not None and chains.nodes and position < self._longest_repeat() and not self._explained():
-            position += 1
-            chains = self._grow(chains, position)
-        return self.tree
-
-    def _explained(self) -> bool:
-        return self.late or (self.expected_rows is not None and self.tree.distinct_rows() >= self.expected_rows)
-
-    def _longest_repeat(self) -> int:
-        limit = LONGEST_REPEAT if self.expected_rows is not None else LONGEST_REPEAT_IN_NOISE
-        return min(limit, self.adapter.max_positions - 1)
-
-    def _grow(self, front: _Front, position: int) -> _Front | None:
-        """Grow a front from a position to the end; returns the repeats one token longer than the front, put aside."""
-        aside: _Front | None = None
-        while position < self.adapter.max_positions and not self.late:
-            if position and not front.nodes and (self.rotary or position >= len(self.candidates.tokens)):
-                break
-            grown = self._step(front, position)
-            repeats = [place for place, node in enumerate(grown.nodes) if self.tree.nodes[node].repeats]
-            if repeats:
-                aside = grown.take(repeats) if aside is None else aside
-                grown = grown.take([place for place in range(len(grown.nodes)) if place not in set(repeats)])
-            front = grown
-            position += 1
-            if self.progress:
-                self.progress(self.tree.distinct_rows(), self.expected_rows)
-        return aside
-
-    def _empty_front(self) -> _Front:
-        adapter = self.adapter
-        device = adapter.first_input.tokens.device
-        cache = torch.empty(0, 0, adapter.num_key_heads, adapter.head_width, device=device)
-        seen = torch.empty(0, 0, adapter.num_heads, self.directions.shape[2], device=device)
-        return _Front([], torch.empty(0, dtype=torch.long, device=device), cache, cache, seen)
-
-    def _extension(self, position: int) -> _Extension:
-        adapter = self.adapter
-        tokens = self.candidates.at(position)
-        hidden = adapter.embed(tokens, position)
-        query, key, value = adapter.project(0, adapter.attention_input(0, hidden), position)
-        groups = adapter.num_heads // adapter.num_key_heads
-        seen = torch.einsum("chw,hwn->chn", value.repeat_interleave(groups, 1), self.directions)
-        return _Extension(position, tokens, hidden, query, key, value, seen)
-
-    def _step(self, front: _Front, position: int) -> _Front:
-        """Extend every prefix by every candidate of a position, and begin new ones where texts may begin."""
-        if not len(self.candidates.at(position)):
-            return self._empty_front()
-        extension = self._extension(position)
-        pairs, ratios = [], []
-        if position == 0 or not self.rotary:
-            alone = torch.arange(len(extension.tokens), device=extension.tokens.device)
-            alone = torch.stack([torch.full_like(alone, -1), alone], 1)
-            passed, ratio = self._confirm(front, extension, alone)
-            pairs.append(passed)
-            ratios.append(ratio)
+    def select(self, front: Front, extension: Extension) -> tuple[Tensor, Tensor]:
+        """Choose the extensions that pass every span test."""
+        passed = [self._confirm(front, extension, self._beginnings(extension))]
         if front.nodes:
-            passed, ratio = self._confirm(front, extension, self._screened(front, extension))
-            pairs.append(passed)
-            ratios.append(ratio)
-        return self._grown(front, extension, torch.cat(pairs), torch.cat(ratios))
+            passed.append(self._confirm(front, extension, self._screened(front, extension)))
+        pairs, ratios = zip(*passed, strict=True)
+        return torch.cat(pairs), torch.cat(ratios)
 
-    def _screened(self, front: _Front, extension: _Extension) -> Tensor:
+    def _screened(self, front: Front, extension: Extension) -> Tensor:
         """Pairs (count x 2, int64: prefix, candidate) whose attention output may lie in the span."""
         everyone = torch.ones(len(front.nodes), len(extension.tokens), dtype=torch.bool, device=front.keys.device)
         if self.attention is not None:
@@ -257,7 +367,7 @@ class PrefixSearch:
                 everyone[places] = self._residuals(front, extension, places) <= limit
         return everyone.nonzero()
 
-    def _residuals(self, front: _Front, extension: _Extension, places: Tensor) -> Tensor:
+    def _residuals(self, front: Front, extension: Extension, places: Tensor) -> Tensor:
         """Squared screened residuals (prefixes x candidates, float32) of the attention output of every pair."""
         adapter = self.adapter
         groups = adapter.num_heads // adapter.num_key_heads
@@ -275,22 +385,11 @@ class PrefixSearch:
         mixed += torch.einsum("ach,chn->acn", weights[..., -1], extension.seen)
         return mixed.square().sum(2)
 
-    def _confirm(self, front: _Front, extension: _Extension, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the cascade exactly on pairs (prefix, candidate; prefix -1 for none); returns those that pass and their ratios."""
-        adapter = self.adapter
-        length = front.keys.shape[1] + 1
-        entry = 4 * (4 * length * adapter.num_heads * adapter.head_width + 12 * adapter.hidden_size)
+    def _confirm(self, front: Front, extension: Extension, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the cascade exactly on pairs; returns those that pass and their ratios."""
         kept, ratios = [pairs[:0]], [torch.empty(0, device=pairs.device)]
-        for part in pairs.split(max(1, self.memory // entry)):
-            place, choice = part.unbind(1)
-            keys, values = extension.key[choice, None], extension.value[choice, None]
-            starts = None
-            if len(front.nodes) and len(part) and int(place[0]) >= 0:
-                keys = torch.cat([front.keys[place], keys], 1)
-                values = torch.cat([front.values[place], values], 1)
-                starts = front.starts[place]
-            attended = attend(adapter, 0, extension.query[choice], keys, values, starts)
-            passed, ratio = self._cascade(extension.hidden[choice], attended)
+        for part, attended in self._attended(front, extension, pairs):
+            passed, ratio = self._cascade(extension.hidden[part[:, 1]], attended)
             kept.append(part[passed])
             ratios.append(ratio)
         return torch.cat(kept), torch.cat(ratios)
@@ -318,39 +417,3 @@ class PrefixSearch:
             hidden = adapter.after_mlp(0, hidden, inner[torch.isin(before, passed)])
             test(self.next_block, adapter.attention_input(1, hidden))
         return passed, worst
-
-    def _grown(self, front: _Front, extension: _Extension, pairs: Tensor, ratios: Tensor) -> _Front:
-        """Enter accepted pairs into the tree and build the next front."""
-        if not len(pairs):
-            return self._empty_front()
-        place, choice = pairs.unbind(1)
-        nodes = [
-            self._enter(front, index, extension.position, token, ratio)
-            for index, token, ratio in zip(
-                place.tolist(), extension.tokens[choice].tolist(), ratios.tolist(), strict=True
-            )
-        ]
-        starts = torch.full_like(place, extension.position)
-        old = place >= 0
-        starts[old] = front.starts[place[old]]
-
-        def longer(past: Tensor, new: Tensor) -> Tensor:
-            cache = new.new_zeros(len(pairs), extension.position + 1, *new.shape[1:])
-            if bool(old.any()):
-                cache[old, :-1] = past[place[old]]
-            cache[:, -1] = new[choice]
-            return cache
-
-        keys, values = longer(front.keys, extension.key), longer(front.values, extension.value)
-        return _Front(nodes, starts, keys, values, longer(front.seen, extension.seen))
-
-    def _enter(self, front: _Front, place: int, position: int, token: int, ratio: float) -> int:
-        if place < 0:
-            node = Node((token,), position, ratio, None, repeats=False)
-        else:
-            parent = front.nodes[place]
-            before = self.tree.nodes[parent]
-            chain = self.rotary and before.tokens[0] == token and (before.repeats or len(before.tokens) == 1)
-            node = Node((*before.tokens, token), before.start, max(ratio, before.ratio), parent, repeats=chain)
-        self.tree.nodes.append(node)
-        return len(self.tree.nodes) - 1

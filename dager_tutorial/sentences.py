@@ -69,24 +69,42 @@ def _ends(
     adapter: DecoderAdapter, tree: Tree, leaves: list[int], last: Mapping[Tap, Span]
 ) -> tuple[set[int], set[int]]:
     """Prefixes that the last block has rows of, and those it has not, by one forward pass over the leaves."""
-    ratios: dict[int, float] = {}
+    ratios = _last_ratios(adapter, tree, leaves, last)
+    # Where every token carries a loss none is surely without a row, though a small one may drown in rounding, and
+    # sooner a query's than its attention output's.
+    steadiest = min(last, key=lambda tap: tap.kind == QUERY)
+    surely_none = last[steadiest].between / last[steadiest].bound
+    if all(ratio <= surely_none for ratio in ratios[steadiest].values()):
+        return set(ratios[steadiest]), set()
+    worst = {index: max(ratios[tap][index] for tap in last) for index in ratios[steadiest]}
+    ends = {index for index, ratio in worst.items() if ratio <= 1}
+    ends -= _surplus_first_tokens(tree, ends, worst, max(span.rank for span in last.values()))
+    return ends, set(worst) - ends
+
+
+def _last_ratios(
+    adapter: DecoderAdapter, tree: Tree, leaves: list[int], last: Mapping[Tap, Span]
+) -> dict[Tap, dict[int, float]]:
+    """For each tap of the last block the ratio of every prefix over the tap's bound.
+
+    A first token repeated is one row at every length: the shortest stands for all.
+    """
+    ratios: dict[Tap, dict[int, float]] = {tap: {} for tap in last}
     device = adapter.first_input.tokens.device
     longest = max(len(tree.nodes[leaf].tokens) for leaf in leaves)
     for group in torch.tensor(leaves).split(max(1, TOKENS_AT_ONCE // longest)):
         paths = [_ancestors(tree, leaf) for leaf in group.tolist()]
         ids, mask = _padded([tree.nodes[path[-1]].tokens for path in paths], device)
         starts = torch.tensor([tree.nodes[path[-1]].start for path in paths], device=device)
-        worst = torch.zeros(mask.shape, device=device)
         for tap, vectors in adapter.tap_inputs(ids, mask, last, starts=starts).items():
-            ratio = last[tap].ratio(vectors.flatten(0, 1)).view_as(worst) / last[tap].bound
+            ratio = last[tap].ratio(vectors.flatten(0, 1)).view(mask.shape) / last[tap].bound
             if tap.kind == QUERY:  # a softmax over one key is constant: a first token has no query gradient
                 ratio[:, 0] = 0
-            worst = torch.maximum(worst, ratio)
-        for path, row in zip(paths, worst.tolist(), strict=True):
-            ratios.update(zip(path, row[: len(path)], strict=True))
-    ends = {index for index, ratio in ratios.items() if ratio <= 1}
-    ends -= _surplus_first_tokens(tree, ends, ratios, max(span.rank for span in last.values()))
-    return ends, set(ratios) - ends
+            for path, row in zip(paths, ratio.tolist(), strict=True):
+                ratios[tap].update(
+                    (index, value) for index, value in zip(path, row, strict=False) if not tree.nodes[index].repeats
+                )
+    return ratios
 
 
 def _surplus_first_tokens(tree: Tree, ends: set[int], ratios: Mapping[int, float], rank: int) -> set[int]:

@@ -98,6 +98,13 @@ class Span:
         """The largest z that a true row reaches, but for `MISS_RATE` of them."""
         return MODEL_ERROR * math.sqrt(chi_square_bound(self.freedom))
 
+    @property
+    def between(self) -> float:
+        """The geometric middle of `bound` and the z of a random direction: above it, a vector is surely no true row."""
+        leverage = self.singular_values[: self.rank].square().reciprocal().sum().item() / self.width
+        random = math.sqrt((1 - self.rank / self.width) / (self.noise * leverage + self.arithmetic**2))
+        return max(self.bound, math.sqrt(self.bound * random))
+
     @cached_property
     def _coefficients(self) -> Tensor:
         return self.directions.float()
@@ -126,6 +133,23 @@ class Span:
         size = vectors.square().sum(1)
         expected = self.noise * leverage + self.arithmetic**2 * size
         return torch.where(size > 0, (rest.square().sum(1) / expected.clamp(min=1e-37)).sqrt(), math.inf)
+
+    def log_leverage(self, vectors: Tensor) -> Tensor:
+        """Logarithm of the leverage of each vector over all directions, signal or not.
+
+        The leverage `sum_j (x . v_j)^2 / s_j^2` is the smallest squared weight |u|^2 with which the gradient's outputs
+        combine to x. It stays informative where the rank is full: a true row needs little of the weak directions.
+
+        Args:
+            vectors: float32, rows x inputs.
+
+        Returns:
+            float32, rows, of the vectors scaled to length 1.
+        """
+        weights = 1.0 / self.singular_values.clamp(min=self.singular_values[0] * PROJECTION_ERROR)
+        vectors = vectors.float()
+        leverage = ((vectors @ self._coefficients) * weights.float()).square().sum(1)
+        return leverage.clamp(min=1e-37).log() - vectors.square().sum(1).clamp(min=1e-37).log()
 
     def screen(self, count: int, generator: torch.Generator) -> Tensor:
         """Random directions of the orthogonal complement, scaled so that the projection keeps a residual's expected square.
