@@ -19,10 +19,14 @@ from .evidence import Evidence, evidence_of
 from .models import LanguageModel
 from .models.base import ATTENTION_OUTPUT, MLP, QKV, QUERY, DecoderAdapter, Tap
 from .reconstruction import Reconstruction
+from .saturated import LeverageSearch, filter_by_leverage
 from .sentences import Texts, whole_texts
 from .subspace import CLEAR_GAP, Span
-from .token_filter import filter_tokens
+from .token_filter import Candidates, filter_tokens
 from .update import Update
+
+# How many prefixes of one length a search by leverage keeps at most.
+WIDEST = 128
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -115,43 +119,76 @@ class _Run:
 
     def search(self) -> tuple[Tree, Texts, str, str]:
         first = self.evidence.span(0, QKV)
-        nothing = Tree(), Texts((), ())
         if first is None or first.rank == 0:
-            return (
-                *nothing,
-                "no_signal",
-                "block 0's query, key and value gradients are missing or zero: nothing to test tokens against",
-            )
+            reason = "block 0's query, key and value gradients are missing or zero: nothing to test tokens against"
+            return Tree(), Texts((), ()), "no_signal", reason
         spans = self._cascade_spans()
-        start = time.perf_counter()
-        candidates = filter_tokens(
-            self.adapter.first_input, first, seed=self.config.seed, progress=self._report("filter")
-        )
-        self.seconds["filter"] = time.perf_counter() - start
+        saturated = first.saturated or any(span.saturated for span in spans.values())
+        candidates = self._candidates(first)
         if not candidates.count:
-            return (
-                *nothing,
-                "no_candidates",
-                "no token of the vocabulary lies in the span of block 0: another model, or too much noise",
-            )
+            reason = "no token of the vocabulary lies in the span of block 0: another model, or too much noise"
+            return Tree(), Texts((), ()), "saturated" if saturated else "no_candidates", reason
         last = self._last_spans()
-        start, before = time.perf_counter(), self.evidence.seconds
-        budget = self.config.time_budget
         expected = expected_rows(spans.values())
-        tree = PrefixSearch(
+        start, before = time.perf_counter(), self.evidence.seconds
+        if not saturated:
+            search = self._prefix_search(candidates, spans, expected)
+            tree = search.run()
+            # Without a clear gap noise may cut a full rank short: it shows in more prefixes passing than there can be.
+            saturated = search.overflowed and any(2 * span.rank >= span.width for span in spans.values())
+        if saturated:
+            tree = self._leverage_search(candidates, last).run()
+        texts = whole_texts(self.adapter, tree, last)
+        self.seconds["search"] = time.perf_counter() - start - (self.evidence.seconds - before)
+        if saturated:
+            return tree, *saturated_verdict(tree, texts, last)
+        return tree, texts, *verdict(tree, texts, expected)
+
+    def _candidates(self, first: Span) -> Candidates:
+        start = time.perf_counter()
+        source, report = self.adapter.first_input, self._report("filter")
+        if first.saturated:
+            candidates = filter_by_leverage(source, first, late=self._late)
+        else:
+            candidates = filter_tokens(source, first, seed=self.config.seed, progress=report)
+        self.seconds["filter"] = time.perf_counter() - start
+        return candidates
+
+    def _prefix_search(
+        self, candidates: Candidates, spans: dict[tuple[int, str], Span], expected: int | None
+    ) -> PrefixSearch:
+        return PrefixSearch(
             self.adapter,
             spans,
             candidates,
             expected_rows=expected,
             memory=self.config.memory_mb * 2**20,
-            deadline=None if budget is None else self.begin + budget,
+            deadline=self._deadline(),
             seed=self.config.seed,
             progress=self._report("search"),
-        ).run()
-        texts = whole_texts(self.adapter, tree, last)
-        self.seconds["search"] = time.perf_counter() - start - (self.evidence.seconds - before)
-        status, diagnosis = verdict(tree, texts, expected)
-        return tree, texts, status, diagnosis
+        )
+
+    def _leverage_search(self, candidates: Candidates, last: dict[Tap, Span]) -> LeverageSearch:
+        spans = {place: self.evidence.span(*place) for place in [(0, MLP)] + [(1, QKV)] * (self.adapter.num_blocks > 1)}
+        # Of a loss at each text's last token, the last block's rank is the number of texts.
+        texts = max((span.rank for span in last.values()), default=WIDEST)
+        return LeverageSearch(
+            self.adapter,
+            {place: span for place, span in spans.items() if span is not None},
+            candidates,
+            widest=min(2 * texts, WIDEST),
+            memory=self.config.memory_mb * 2**20,
+            deadline=self._deadline(),
+            seed=self.config.seed,
+            progress=self._report("search"),
+        )
+
+    def _deadline(self) -> float | None:
+        return None if self.config.time_budget is None else self.begin + self.config.time_budget
+
+    def _late(self) -> bool:
+        deadline = self._deadline()
+        return deadline is not None and time.perf_counter() > deadline
 
     def _cascade_spans(self) -> dict[tuple[int, str], Span]:
         """Spans of the taps that the search tests; the MLP's only where one of the others cannot decide alone."""
@@ -194,9 +231,22 @@ def verdict(tree: Tree, texts: Texts, expected: int | None) -> tuple[str, str]:
         return "partial", f"{rows} prefixes confirmed; noise hides how many there are"
     if rows < expected:
         return "partial", f"{rows} of {expected} distinct prefixes confirmed"
+    if rows > expected:
+        return "partial", f"{rows} prefixes pass where {expected} are independent: some are too alike to be told apart"
     if not all(texts.confirmed):
         return "partial", "a text ends where the last block sees no end"
     return "exact", f"all {expected} distinct prefixes are explained"
+
+
+def saturated_verdict(tree: Tree, texts: Texts, last: dict[Tap, Span]) -> tuple[Texts, str, str]:
+    """Texts, status and diagnosis of a search by leverage: what the last block confirms, then the likeliest of the rest."""
+    confirmed = [index for index, sure in zip(texts.nodes, texts.confirmed, strict=True) if sure and last]
+    rest = sorted(set(texts.nodes) - set(confirmed), key=lambda index: tree.nodes[index].ratio)
+    room = max((span.rank for span in last.values()), default=WIDEST) - len(confirmed)
+    kept = (*confirmed, *rest[: max(0, room)])
+    said = f"{len(confirmed)} texts confirmed by the last block" if last else "no block left to confirm a text"
+    diagnosis = f"about as many prefixes as the model is wide, told by leverage alone: {said}"
+    return Texts(kept, tuple(index in set(confirmed) for index in kept)), "saturated", diagnosis
 
 
 def peak_memory_mb() -> float:

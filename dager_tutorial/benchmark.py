@@ -7,7 +7,7 @@ update to the attacks, and compares what they found with the truth through `metr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -140,6 +140,87 @@ def bench_scaling(
         progress: See `bench_decoder`.
     """
     return [bench_decoder(model, *batch, textbook=False, progress=progress) for batch in batches]
+
+
+@dataclass(frozen=True)
+class AccuracyRun:
+    """What the attack made of one batch of a series.
+
+    Attributes:
+        data: Name or file of the texts.
+        batch_size: Number of texts.
+        seed: Seed that drew them.
+        n_tokens: Number of tokens that the client trained on.
+        distinct_prefixes: Rows to find.
+        exact: Fraction of the texts recovered exactly.
+        false: Number of recovered sequences that are no text of the batch.
+        rouge1: ROUGE-1 of the assigned pairs, 0 to 1.
+        rouge2: ROUGE-2, 0 to 1.
+        status: The attack's status.
+        seconds: Seconds that the attack took.
+        peak_rss_mb: Peak resident memory of the process so far, in megabytes.
+    """
+
+    data: str
+    batch_size: int
+    seed: int
+    n_tokens: int
+    distinct_prefixes: int
+    exact: float
+    false: int
+    rouge1: float
+    rouge2: float
+    status: str
+    seconds: float
+    peak_rss_mb: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON types, in the order of the attributes."""
+        return asdict(self)
+
+
+def bench_accuracy(
+    model: LanguageModel,
+    batches: Iterable[tuple[str, int, Sequence[str], Sequence[int] | None]],
+    *,
+    task: str = "classification",
+    dtype: str = "float32",
+    share: str = "attention",
+    progress: Progress | None = None,
+) -> Iterator[AccuracyRun]:
+    """Attack a series of batches and compare with the truth.
+
+    Args:
+        model: A causal model.
+        batches: For each its name, the seed that drew it, its texts and labels.
+        task: See `client.client_update`.
+        dtype: See `client.client_update`.
+        share: See `client.client_update`.
+        progress: See `bench_decoder`.
+
+    Yields:
+        One record a batch.
+    """
+    for name, seed, texts, labels in batches:
+        update = client_update(model, texts, labels, task=task, dtype=dtype, share=share)
+        found = attack(model, update, progress=progress)
+        points = score(found, texts, model, task=task)
+        last = 1 if task == "next_token" else 0
+        sequences = [tuple(ids[: len(ids) - last]) for ids in encode(model.tokenizer, texts)]
+        yield AccuracyRun(
+            data=name,
+            batch_size=len(texts),
+            seed=seed,
+            n_tokens=points.n_tokens,
+            distinct_prefixes=distinct_prefixes(sequences),
+            exact=points.exact,
+            false=len(set(found.sequences) - set(sequences)),
+            rouge1=points.rouge1,
+            rouge2=points.rouge2,
+            status=found.status,
+            seconds=found.seconds["total"],
+            peak_rss_mb=found.peak_rss_mb,
+        )
 
 
 def distinct_prefixes(sequences: Iterable[Sequence[int]]) -> int:

@@ -330,6 +330,43 @@ def scaling(
     _finish(json_file, {"model": model, "runs": runs}, _scaling_table(runs))
 
 
+@bench.command()
+def accuracy(
+    model: Model,
+    data: Annotated[list[str], typer.Option("--data", help="Texts by name, or a TSV file; repeat it.")],
+    batch_size: Annotated[list[int], typer.Option("--batch-size", min=1, help="Number of texts; repeat it.")],
+    batches: Annotated[int, typer.Option("--batches", min=1, help="Batches of each kind, seeds counted up.")] = 5,
+    task: Annotated[str, typer.Option("--task", help="classification or next_token.")] = "classification",
+    dtype: Annotated[str, typer.Option("--dtype", help="The client's precision.")] = "float32",
+    share: Annotated[str, typer.Option("--share", help="all or attention.")] = "attention",
+    json_file: Json = None,
+    seed: Seed = 0,
+    model_seed: ModelSeed = 0,
+    device: Device = "cpu",
+    blocks: Blocks = None,
+    threads: Threads = None,
+) -> None:
+    """Attack many batches and count what comes back exactly."""
+    drawn = [
+        (Path(name).stem, draw, *_batch(name, size, draw, None, None))
+        for name in data
+        for size in batch_size
+        for draw in range(seed, seed + batches)
+    ]
+    language_model = _open(model, device, model_seed, blocks, threads)
+    from .benchmark import bench_accuracy
+
+    runs = []
+    with display.progress(Console(stderr=True)) as advance:
+        for run in bench_accuracy(language_model, drawn, task=task, dtype=dtype, share=share, progress=advance):
+            runs.append(run.to_json())
+            line = (run.data, f"B={run.batch_size}", f"seed={run.seed}", f"prefixes={run.distinct_prefixes}",
+                    f"exact={run.exact:.3f}", f"false={run.false}", f"R1={run.rouge1:.3f}", run.status,
+                    f"{run.seconds:.1f} s")  # fmt: skip
+            typer.echo("  ".join(line))
+    _finish(json_file, {"model": model, "task": task, "dtype": dtype, "runs": runs})
+
+
 @models.callback(invoke_without_command=True)
 def list_models(context: typer.Context, json_file: Json = None) -> None:
     """List the models that come by name, or export one as a Hugging Face folder."""

@@ -159,6 +159,7 @@ class TreeSearch(ABC):
         self.expected_rows, self.deadline, self.progress = expected_rows, deadline, progress
         self.widest = widest
         self.rotary = candidates.every_position
+        self.overflowed = False  # more extensions passed at one length than there can be
         self.tree = Tree()
         self.directions = directions.unflatten(0, (adapter.num_heads, adapter.head_width))
 
@@ -174,9 +175,13 @@ class TreeSearch(ABC):
             Pairs (int64, count x 2: prefix, or -1 where a text begins; candidate) and their ratios (float32).
         """
 
+    stop_at_overflow = False
+
     @property
     def late(self) -> bool:
-        """True once the deadline has passed."""
+        """True once the deadline has passed, or where going on makes no sense."""
+        if self.stop_at_overflow and self.overflowed:
+            return True
         return self.deadline is not None and time.perf_counter() > self.deadline
 
     @torch.no_grad()
@@ -235,8 +240,8 @@ class TreeSearch(ABC):
             return self._empty_front()
         extension = self._extension(position)
         pairs, ratios = self.select(front, extension)
-        best = ratios.argsort(stable=True)[: self.widest]
-        best = best.sort().values
+        self.overflowed |= len(pairs) > self.widest
+        best = ratios.argsort(stable=True)[: self.widest].sort().values
         return self._grown(front, extension, pairs[best], ratios[best])
 
     def _beginnings(self, extension: Extension) -> Tensor:
@@ -302,6 +307,8 @@ class TreeSearch(ABC):
 class PrefixSearch(TreeSearch):
     """Keeps the extensions whose vectors lie in the spans of one update, by a cascade of tests.
 
+    Where more of them pass than the rank allows the tests have no power left, and the search stops: `overflowed`.
+
     Args:
         adapter: The architecture.
         spans: Spans of the taps (block, kind) that were shared.
@@ -312,6 +319,8 @@ class PrefixSearch(TreeSearch):
         seed: Seed of the screening directions.
         progress: Called with the number of prefixes confirmed so far and the expected number, or None.
     """
+
+    stop_at_overflow = True
 
     def __init__(
         self,

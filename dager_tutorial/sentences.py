@@ -47,11 +47,13 @@ def whole_texts(adapter: DecoderAdapter, tree: Tree, last: Mapping[Tap, Span]) -
     if not last or not leaves:
         return Texts(tuple(leaves), (True,) * len(leaves))
     ends, inside = _ends(adapter, tree, leaves, last)
-    if not inside or not ends:
-        return Texts(tuple(leaves), (bool(ends),) * len(leaves))
+    if not inside:
+        return Texts(tuple(leaves), (True,) * len(leaves))
     # A leaf that is no end is a text cut short, unless a text ends on the way to it: then it is a stray extension.
     cut = [leaf for leaf in leaves if leaf not in ends and not ends & set(_ancestors(tree, leaf))]
-    found = sorted(ends | set(cut))
+    room = max(0, max(span.rank for span in last.values()) - len(ends))
+    longest = sorted(cut, key=lambda leaf: (-len(tree.nodes[leaf].tokens), tree.nodes[leaf].ratio))[:room]
+    found = sorted(ends.union(longest))
     return Texts(tuple(found), tuple(index in ends for index in found))
 
 
@@ -78,7 +80,7 @@ def _ends(
         return set(ratios[steadiest]), set()
     worst = {index: max(ratios[tap][index] for tap in last) for index in ratios[steadiest]}
     ends = {index for index, ratio in worst.items() if ratio <= 1}
-    ends -= _surplus_first_tokens(tree, ends, worst, max(span.rank for span in last.values()))
+    ends = _possible(tree, ends, worst, max(span.rank for span in last.values()))
     return ends, set(worst) - ends
 
 
@@ -107,10 +109,13 @@ def _last_ratios(
     return ratios
 
 
-def _surplus_first_tokens(tree: Tree, ends: set[int], ratios: Mapping[int, float], rank: int) -> set[int]:
-    """First tokens that cannot all be texts: trained models give all of them nearly one state, and ends are no more than the rank."""
-    first = sorted((index for index in ends if tree.nodes[index].parent is None), key=lambda index: ratios[index])
-    return set(first[max(0, rank - (len(ends) - len(first))) :])
+def _possible(tree: Tree, ends: set[int], ratios: Mapping[int, float], rank: int) -> set[int]:
+    """The likeliest ends, no more than the rank: rows of different texts are independent.
+
+    First tokens come last: trained models give all of them nearly one state, and no query gradient speaks for them.
+    """
+    likeliest = sorted(ends, key=lambda index: (tree.nodes[index].parent is None, ratios[index]))
+    return set(likeliest[:rank])
 
 
 def _padded(sequences: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,9 @@ def shortest_equal(tokens: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("task", ["classification", "next_token"])
-@pytest.mark.parametrize("others", [[], ["again again again bed", "good man the"], ["good man the dog", "again again bed", "see"]])
+@pytest.mark.parametrize(
+    "others", [[], ["again again again bed", "good man the"], ["good man the dog", "again again bed", "see"]]
+)
 def test_one_token_repeated_is_found_up_to_its_length(tiny_llama: LanguageModel, others: list[str], task: str) -> None:
     """No span tells [A, A] from [A]: one of them is reported, once."""
     texts = ["again again again", *others]
