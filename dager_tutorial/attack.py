@@ -135,7 +135,7 @@ class _Run:
             search = self._prefix_search(candidates, spans, expected)
             tree = search.run()
             # Without a clear gap noise may cut a full rank short: it shows in more prefixes passing than there can be.
-            saturated = search.overflowed and any(2 * span.rank >= span.width for span in spans.values())
+            saturated = search.overflowed and all(2 * span.rank >= span.width for span in spans.values())
         if saturated:
             tree = self._leverage_search(candidates, last).run()
         texts = whole_texts(self.adapter, tree, last)
@@ -239,7 +239,7 @@ def verdict(tree: Tree, texts: Texts, expected: int | None) -> tuple[str, str]:
 
 
 def saturated_verdict(tree: Tree, texts: Texts, last: dict[Tap, Span]) -> tuple[Texts, str, str]:
-    """Texts, status and diagnosis of a search by leverage: what the last block confirms, then the likeliest of the rest."""
+    """Texts, status and diagnosis of a search by leverage: what the last block confirms, then the likeliest others."""
     confirmed = [index for index, sure in zip(texts.nodes, texts.confirmed, strict=True) if sure and last]
     rest = sorted(set(texts.nodes) - set(confirmed), key=lambda index: tree.nodes[index].ratio)
     room = max((span.rank for span in last.values()), default=WIDEST) - len(confirmed)

@@ -52,7 +52,7 @@ class Evidence:
         )
 
     def _arithmetic(self, tap: Tap) -> float:
-        """Rounding error of the tap's inputs: measured in the first two blocks, growing with the root of the depth after."""
+        """Rounding error of the tap's inputs: measured in two blocks, then growing with the root of the depth."""
         if not isinstance(self.adapter, DecoderAdapter):
             return torch.finfo(self.precision).eps
         if not self.errors:
@@ -160,7 +160,7 @@ def _verdict(evidence: Evidence, rows: list[TapReport]) -> str:
         return "block 0 is saturated: even single tokens hide in the full rank"
     deeper = [row for row in rows if not row.name.startswith("block 0 query") and row.rank]
     if any(row.saturated for row in deeper):
-        return "tokens can be told from block 0, prefixes only by leverage: the batch holds about as many as the model is wide"
+        return "tokens can be told from block 0, prefixes only by leverage: they are about as many as the model is wide"
     if not deeper:
         return "tokens can be told from block 0; without further taps their order cannot"
     return f"exposed: {first.rank} independent inputs in block 0 and room in the span to test every prefix"

@@ -20,7 +20,7 @@ from .token_filter import Candidates, first_vectors
 
 # Of all extensions tried at one position, chance alone may let this many pass.
 FALSE_ALARMS = 0.01
-# Extensions that are carried through the MLP, for each one that was kept before; and the sample that tells what is usual.
+# Extensions carried through the MLP, for each that was kept before; and the sample that tells what is usual.
 CARRIED, SAMPLE = 16, 512
 
 

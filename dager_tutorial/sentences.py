@@ -2,8 +2,8 @@
 
 The tree of prefixes shows where texts end only at its leaves; a text that is a prefix of another ends inside it. The
 last block tells: where a loss reads only each text's last token, the last block's queries and the output map of its
-attention have gradient rows of exactly these tokens (chapter 4). Where every token carries a loss, as in next-token training,
-all prefixes pass, and the leaves are what can be said.
+attention have gradient rows of exactly these tokens (chapter 4). Where every token carries a loss, as in next-token
+training, all prefixes pass, and the leaves are what can be said.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Span:
     Attributes:
         name: The tap's name, for people.
         directions: float64, inputs x inputs, the right singular vectors as columns: first the signal, then the rest.
-        singular_values: float64, inputs, falling, of the gradient with its outputs scaled to equal noise (units of noise).
+        singular_values: float64, inputs, falling, of the gradient with its outputs scaled to equal noise.
         rank: How many directions carry signal.
         outputs: How many outputs have a gradient at all.
         arithmetic: Relative rounding error of the vectors that are tested against the span.
@@ -152,7 +152,7 @@ class Span:
         return leverage.clamp(min=1e-37).log() - vectors.square().sum(1).clamp(min=1e-37).log()
 
     def screen(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random directions of the orthogonal complement, scaled so that the projection keeps a residual's expected square.
+        """Random directions of the complement, scaled so that the projection keeps a residual's expected square.
 
         Args:
             count: How many, at most as many as the complement has.
@@ -238,7 +238,7 @@ def rounding_floor(gradient: Tensor, precision: float) -> float:
 
 
 def right_singular(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values (inputs, falling) and right singular vectors (inputs x inputs, columns) of outputs x inputs, float64."""
+    """Singular values (inputs, falling) and right singular vectors (columns) of outputs x inputs, float64."""
     outputs, inputs = gradient.shape
     if outputs < inputs:
         gradient = torch.cat([gradient, gradient.new_zeros(inputs - outputs, inputs)])

@@ -13,7 +13,8 @@ ORDER = (
     "models.base", "models.gpt2", "models.llama", "models.bert", "models",
     "models.cache", "models.checkpoint", "models.hub", "models.smollm2", "models.wheels", "models.pinned",
     "models.zoo",
-    "client", "subspace", "unmixing", "rounding", "token_filter", "evidence", "decoder", "encoder", "saturated", "sentences", "attack",
+    "client", "subspace", "unmixing", "rounding", "token_filter", "evidence",
+    "decoder", "encoder", "saturated", "sentences", "attack",
     "metrics", "textbook", "data", "benchmark", "checks", "plotting", "display", "widgets", "demo", "",
     "cli",
 )

@@ -64,7 +64,7 @@ class Tap:
 
 @dataclass(frozen=True)
 class FirstInput:
-    """How the vectors of block 0's attention come about: `gain * (u - mean(u)) / deviation(u) + bias`, u = token + position.
+    """How block 0's attention input comes about: `gain * (u - mean(u)) / deviation(u) + bias`, u = token + position.
 
     Attributes:
         tokens: float32, vocabulary x width, the token embeddings.
@@ -210,7 +210,7 @@ class DecoderAdapter(Adapter):
 
     @abstractmethod
     def project(self, block: int, vectors: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (rows x heads x width), key and value (rows x key heads x width) at a position, rotated where the model rotates."""
+        """Query (rows x heads x width), key and value (rows x key heads x width) at a position, with its rotation."""
 
     @abstractmethod
     def scaling(self, block: int) -> float:
@@ -222,7 +222,7 @@ class DecoderAdapter(Adapter):
 
     @abstractmethod
     def after_attention(self, block: int, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Hidden states (rows x width) after the attention's output map and residual; `attended` is rows x heads * width."""
+        """Hidden states (rows x width) after the output map of `attended` (rows x heads * width) and the residual."""
 
     @abstractmethod
     def mlp_input(self, block: int, hidden: Tensor) -> Tensor:
