@@ -349,10 +349,7 @@ def _loss(
         hidden = adapter.network(**inputs, use_cache=False).last_hidden_state  # batch x length x width
         rows = hidden[batch.mask.bool()]
         return rows.to(torch.promote_types(rows.dtype, torch.float32)).square().sum() / len(batch.ids)
-    if task == "next_token":
-        labels = _next_token_labels(batch)
-    else:
-        labels = torch.tensor(classes, device=batch.ids.device)
+    labels = _next_token_labels(batch) if task == "next_token" else torch.tensor(classes, device=batch.ids.device)
     return client(**inputs, labels=labels, use_cache=False).loss
 
 

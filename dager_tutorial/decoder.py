@@ -250,6 +250,22 @@ class TreeSearch(ABC):
         alone = torch.arange(count, device=extension.tokens.device)
         return torch.stack([torch.full_like(alone, -1), alone], 1)
 
+    def _weights(self, front: Front, extension: Extension, places: Tensor) -> Tensor:
+        """Attention of every pair (prefixes x candidates x key heads x groups x length + 1), its own key last."""
+        adapter = self.adapter
+        groups = adapter.num_heads // adapter.num_key_heads
+        query = extension.query.unflatten(1, (adapter.num_key_heads, groups))
+        scores = torch.einsum("ckgw,alkw->ackgl", query, front.keys[places])
+        own = torch.einsum("ckgw,ckw->ckg", query, extension.key).expand(len(places), -1, -1, -1)
+        weights = torch.cat([scores, own[..., None]], -1) * adapter.scaling(0)
+        position = torch.arange(extension.position, device=weights.device)
+        unseen = position < front.starts[places, None]
+        window = adapter.window(0)
+        if window is not None:
+            unseen = unseen | (position <= extension.position - window)
+        weights[..., :-1].masked_fill_(unseen[:, None, None, None], -math.inf)
+        return weights.softmax(-1)
+
     def _attended(self, front: Front, extension: Extension, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Chunks of the pairs with the inputs of block 0's attention output map (float32, pairs x width)."""
         adapter = self.adapter
@@ -378,19 +394,8 @@ class PrefixSearch(TreeSearch):
 
     def _residuals(self, front: Front, extension: Extension, places: Tensor) -> Tensor:
         """Squared screened residuals (prefixes x candidates, float32) of the attention output of every pair."""
-        adapter = self.adapter
-        groups = adapter.num_heads // adapter.num_key_heads
-        window = adapter.window(0)
-        first = 0 if window is None else max(0, front.keys.shape[1] - window + 1)
-        keys, seen = front.keys[places, first:], front.seen[places, first:]
-        query = extension.query.unflatten(1, (adapter.num_key_heads, groups))
-        scores = torch.einsum("ckgw,alkw->ackgl", query, keys)
-        own = torch.einsum("ckgw,ckw->ckg", query, extension.key).expand(len(places), -1, -1, -1)
-        weights = torch.cat([scores, own[..., None]], -1) * adapter.scaling(0)
-        hidden = torch.arange(first, front.keys.shape[1], device=keys.device) < front.starts[places, None]
-        weights[..., :-1].masked_fill_(hidden[:, None, None, None], -math.inf)
-        weights = weights.softmax(-1).flatten(2, 3)
-        mixed = weights[..., :-1].flatten(2) @ seen.transpose(1, 2).flatten(1, 2)
+        weights = self._weights(front, extension, places).flatten(2, 3)
+        mixed = weights[..., :-1].flatten(2) @ front.seen[places].transpose(1, 2).flatten(1, 2)
         mixed += torch.einsum("ach,chn->acn", weights[..., -1], extension.seen)
         return mixed.square().sum(2)
 

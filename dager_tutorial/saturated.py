@@ -8,7 +8,7 @@ deviations of the logarithm; nothing is fixed beforehand but how often chance al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -93,12 +93,27 @@ class LeverageSearch(TreeSearch):
         """The pairs that were tried before the deadline and their log leverages at the MLP's input (float32)."""
         adapter = self.adapter
         tried, leverages = [pairs[:0]], [torch.empty(0, device=pairs.device)]
-        for part, attended in self._attended(front, extension, pairs):
+        chunks = self._everyone(front, extension) if front.nodes else self._attended(front, extension, pairs)
+        for part, attended in chunks:
             hidden = adapter.after_attention(0, extension.hidden[part[:, 1]], attended)
             inner = adapter.mlp_input(0, hidden)
             tried.append(part)
-            leverages.append(torch.zeros(len(part)) if self.mlp is None else self.mlp.log_leverage(inner))
+            leverages.append(inner.new_zeros(len(part)) if self.mlp is None else self.mlp.log_leverage(inner))
         return torch.cat(tried), torch.cat(leverages)
+
+    def _everyone(self, front: Front, extension: Extension) -> Iterator[tuple[Tensor, Tensor]]:
+        """Like `_attended` for all pairs, without a copy of the cache for each of them."""
+        adapter = self.adapter
+        count = len(extension.tokens)
+        entry = 4 * count * (3 * adapter.num_heads * (extension.position + 1) + 8 * adapter.hidden_size)
+        for places in torch.arange(len(front.nodes), device=front.keys.device).split(max(1, self.memory // entry)):
+            if self.late:
+                return
+            weights = self._weights(front, extension, places)
+            attended = torch.einsum("ackgl,alkw->ackgw", weights[..., :-1], front.values[places])
+            attended += torch.einsum("ackg,ckw->ackgw", weights[..., -1], extension.value)
+            choice = torch.arange(count, device=places.device)
+            yield torch.cartesian_prod(places, choice), attended.flatten(0, 1).flatten(1)
 
     def _block_leverages(self, front: Front, extension: Extension, pairs: Tensor) -> Tensor:
         """Log leverages at block 1's query, key and value (float32, pairs)."""
@@ -109,7 +124,7 @@ class LeverageSearch(TreeSearch):
             hidden = adapter.after_mlp(0, hidden, adapter.mlp_input(0, hidden))
             vectors = adapter.attention_input(1, hidden) if self.next_block is not None else hidden
             leverages.append(
-                torch.zeros(len(part)) if self.next_block is None else self.next_block.log_leverage(vectors)
+                vectors.new_zeros(len(part)) if self.next_block is None else self.next_block.log_leverage(vectors)
             )
         found = torch.cat(leverages)
         return torch.cat([found, found.new_zeros(len(pairs) - len(found))])
