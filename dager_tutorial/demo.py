@@ -26,8 +26,9 @@ OPENING = (
     "The server knows the model and reads the gradient."
 )
 CLOSING = (
-    "What stops it: secure aggregation, noise of differential privacy, or more distinct prefixes than "
-    "the {width} dimensions of the model. Keeping the embedding gradient, head and labels secret does not."
+    "What stops it: secure aggregation over many clients, and the noise of differential privacy. More distinct "
+    "prefixes than the {width} dimensions of the model only make it harder. Keeping the embedding gradient, "
+    "head and labels secret does not help."
 )
 SHOWN_TENSORS = 8  # the attention maps of two blocks: enough to see what a gradient looks like
 WATCHING = Console(stderr=True)
