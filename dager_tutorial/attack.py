@@ -201,10 +201,19 @@ class _Run:
         return spans
 
     def _last_spans(self) -> dict[Tap, Span]:
-        """Spans that tell where texts end: of the last block, as far as it was shared and is not full."""
-        block = self.adapter.num_blocks - 1
-        spans = {self.adapter.tap(block, kind): self.evidence.span(block, kind) for kind in (ATTENTION_OUTPUT, QUERY)}
-        return {tap: span for tap, span in spans.items() if span is not None and not span.saturated}
+        """Spans that tell where texts end: of the last block, as far as it was shared and is not full.
+
+        The attention's output map decides alone where it can tell; in low precision neighbours are too alike in it.
+        """
+        spans: dict[Tap, Span] = {}
+        for kind in (ATTENTION_OUTPUT, QUERY):
+            tap = self.adapter.tap(self.adapter.num_blocks - 1, kind)
+            span = self.evidence.span(tap.block, kind)
+            if span is not None and not span.saturated:
+                spans[tap] = span
+                if span.between >= CLEAR_GAP * span.bound:
+                    break
+        return spans
 
     def _report(self, stage: str) -> Callable[[int, int | None], None] | None:
         progress = self.progress

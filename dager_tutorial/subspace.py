@@ -242,8 +242,9 @@ def right_singular(gradient: Tensor) -> tuple[Tensor, Tensor]:
     outputs, inputs = gradient.shape
     if outputs < inputs:
         gradient = torch.cat([gradient, gradient.new_zeros(inputs - outputs, inputs)])
-    triangle = torch.linalg.qr(gradient, mode="r").R
-    _, values, rows = torch.linalg.svd(triangle)
+    if outputs > inputs:
+        gradient = torch.linalg.qr(gradient, mode="r").R
+    _, values, rows = torch.linalg.svd(gradient)
     return values, rows.T.contiguous()
 
 

@@ -77,9 +77,11 @@ class _Screen:
     def __init__(self, source: FirstInput, directions: Tensor) -> None:
         self.source, self.directions = source, directions
         self.width = directions.shape[0]
-        self.token_part = source.linear(source.tokens) @ directions
-        self.token_spread = source.spread(source.tokens)
-        self.token_square = self.token_spread.square().sum(1)
+        # The mean is subtracted after the product, so that no second copy of the vocabulary is made.
+        mapped = source.gain[:, None] * directions
+        means = source.tokens.mean(1) * source.centred
+        self.token_part = source.tokens @ mapped - means[:, None] * mapped.sum(0)
+        self.token_square = torch.linalg.vector_norm(source.tokens, dim=1).square() - self.width * means.square()
         bias = source.bias if source.bias is not None else directions.new_zeros(self.width)
         self.bias_part = bias @ directions
         self.bias_size = float(bias.norm())
@@ -92,18 +94,24 @@ class _Screen:
             worst: The largest residual of a true row of length 1.
         """
         part, spread = self.source.linear(positions) @ self.directions, self.source.spread(positions)
-        variance = (
-            self.token_square[:, None] + spread.square().sum(1) + 2 * self.token_spread @ spread.T
-        ) / self.width + self.source.epsilon
-        scale = variance.clamp(min=1e-30).rsqrt()
-        own = self.token_part.square().sum(1)[:, None] + part.square().sum(1)
-        residual = (own + 2 * self.token_part @ part.T) * scale.square()
-        residual += 2 * ((self.token_part @ self.bias_part)[:, None] + part @ self.bias_part) * scale
-        residual += self.bias_part.square().sum()
-        # The squares above cancel to within float32 rounding of their largest terms.
-        rounding = 1e-6 * (own * scale.square() + self.bias_part.square().sum())
         gain = float(self.source.gain.abs().max()) * self.width**0.5 + self.bias_size
-        return (residual <= 4 * (worst * gain) ** 2 + rounding).nonzero()
+        limit = 2 * worst * gain
+        own = self.token_part.square().sum(1)[:, None] + part.square().sum(1)
+        residual = own + 2 * self.token_part @ part.T
+        # Squares cancel to within float32 rounding of their largest terms.
+        rounding = 1e-6 * own
+        if float(self.bias_part.norm()) <= limit:
+            # The bias lies in the span: no deviation is needed, only the largest it can be.
+            deviation = self.token_square.clamp(min=0).sqrt() + float(spread.norm(dim=1).max())
+            largest = deviation.square() / self.width + self.source.epsilon
+            return (residual - rounding <= (2 * limit) ** 2 * largest[:, None]).nonzero()
+        # The positions' spread has mean zero where the norm subtracts means: the tokens' own need not be subtracted.
+        variance = self.token_square[:, None] + spread.square().sum(1) + 2 * self.source.tokens @ spread.T
+        scale = (variance / self.width + self.source.epsilon).clamp(min=1e-30).rsqrt()
+        rounding = rounding * scale.square() + 1e-6 * self.bias_part.square().sum()
+        residual = residual * scale.square() + self.bias_part.square().sum()
+        residual += 2 * ((self.token_part @ self.bias_part)[:, None] + part @ self.bias_part) * scale
+        return (residual - rounding <= limit**2).nonzero()
 
 
 def filter_tokens(
