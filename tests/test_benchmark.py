@@ -5,8 +5,10 @@ import json
 import pytest
 
 from dager_tutorial import benchmark
-from dager_tutorial.benchmark import bench_decoder, bench_scaling
+from dager_tutorial.benchmark import bench_accuracy, bench_decoder, bench_scaling, distinct_prefixes
 from dager_tutorial.cli import main
+from dager_tutorial.client import encode
+from dager_tutorial.reconstruction import Reconstruction
 
 TEXTS = ["the old man walks to the sea", "the old dog sleep", "we had good tea"]
 LABELS = [0, 1, 0]
@@ -80,3 +82,32 @@ def test_commands_write_records(tiny_llama, tmp_path, capsys):
     assert "100.0 exact" in " ".join(capsys.readouterr().out.split())
     assert main(["bench", "scaling", *options, "--batch-size", "4"]) == 2  # more than the file holds
     assert capsys.readouterr().err.startswith("dager: error: ")
+
+
+@pytest.mark.parametrize("task", ["classification", "next_token"])
+def test_accuracy_counts_exact_and_false_texts(tiny_llama, random_texts, task, monkeypatch):
+    texts = random_texts(3, 12, 4, 6)
+    (run,) = bench_accuracy(tiny_llama, [("words", 12, texts, None)], task=task)
+    last = 1 if task == "next_token" else 0
+    wanted = [tuple(ids[: len(ids) - last]) for ids in encode(tiny_llama.tokenizer, texts)]
+    assert (run.data, run.seed, run.batch_size, run.exact, run.false) == ("words", 12, 3, 1.0, 0)
+    assert run.distinct_prefixes == distinct_prefixes(wanted)
+    # An attack that returns one text of two and a stray one is reported as such.
+    spoilt = Reconstruction((wanted[0], (7, 7)), ("a", "b"), (1.0, 1.0), "partial", seconds={"total": 0.5})
+    monkeypatch.setattr(benchmark, "attack", lambda *_, **__: spoilt)
+    (run,) = bench_accuracy(tiny_llama, [("words", 12, texts, None)], task=task)
+    assert (run.exact, run.false, run.status) == (pytest.approx(1 / 3), 1, "partial")
+
+
+def test_the_accuracy_command_prints_a_line_a_batch_and_writes_them(tiny_gpt2, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("dager_tutorial.models.zoo.load_model", lambda *_, **__: tiny_gpt2)
+    data = tmp_path / "words.tsv"
+    data.write_text("label\ttext\n" + "".join(f"{label}\t{text}\n" for text, label in zip(TEXTS, LABELS, strict=True)))
+    result = tmp_path / "runs.json"
+    options = ["--batch-size", "1", "--batch-size", "2", "--batches", "2", "--json", str(result)]
+    assert main(["bench", "accuracy", "--model", "tiny", "--data", str(data), *options]) == 0
+    runs = json.loads(result.read_text())["runs"]
+    assert [(run["batch_size"], run["seed"], run["exact"]) for run in runs] == [
+        (1, 0, 1.0), (1, 1, 1.0), (2, 0, 1.0), (2, 1, 1.0)
+    ]  # fmt: skip
+    assert capsys.readouterr().out.count("exact=1.000") == 4
