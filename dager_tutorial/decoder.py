@@ -269,6 +269,15 @@ class TreeSearch(ABC):
     def _attended(self, front: Front, extension: Extension, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Chunks of the pairs with the inputs of block 0's attention output map (float32, pairs x width)."""
         adapter = self.adapter
+        if len(pairs) and int(pairs[0, 0]) >= 0:
+            # Where a prefix has many candidates left, its cache is not copied for each of them.
+            crowded = 4 * pairs[:, 0].bincount(minlength=len(front.nodes)) >= len(extension.tokens)
+            for place in crowded.nonzero()[:, 0]:
+                if self.late:
+                    return
+                part = pairs[pairs[:, 0] == place]
+                yield part, self._attended_after(front, extension, place)[part[:, 1]]
+            pairs = pairs[~crowded[pairs[:, 0]]]
         length = front.keys.shape[1] + 1
         entry = 4 * (4 * length * adapter.num_heads * adapter.head_width + 12 * adapter.hidden_size)
         for part in pairs.split(max(1, self.memory // entry)):
@@ -282,6 +291,13 @@ class TreeSearch(ABC):
                 values = torch.cat([front.values[place], values], 1)
                 starts = front.starts[place]
             yield part, attend(adapter, 0, extension.query[choice], keys, values, starts)
+
+    def _attended_after(self, front: Front, extension: Extension, place: Tensor) -> Tensor:
+        """Like `_attended` (float32, candidates x width) for every candidate after one prefix."""
+        weights = self._weights(front, extension, place[None])[0]
+        attended = torch.einsum("ckgl,lkw->ckgw", weights[..., :-1], front.values[place])
+        attended += torch.einsum("ckg,ckw->ckgw", weights[..., -1], extension.value)
+        return attended.flatten(1)
 
     def _grown(self, front: Front, extension: Extension, pairs: Tensor, ratios: Tensor) -> Front:
         """Enter accepted pairs into the tree and build the next front."""
