@@ -267,23 +267,24 @@ class TreeSearch(ABC):
         return weights.softmax(-1)
 
     def _attended(self, front: Front, extension: Extension, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Chunks of the pairs with the inputs of block 0's attention output map (float32, pairs x width)."""
+        """Chunks of the pairs: indices (int64) and inputs of block 0's attention output map (float32, rows x width)."""
         adapter = self.adapter
+        rest = torch.arange(len(pairs), device=pairs.device)
         if len(pairs) and int(pairs[0, 0]) >= 0:
             # Where a prefix has many candidates left, its cache is not copied for each of them.
             crowded = 4 * pairs[:, 0].bincount(minlength=len(front.nodes)) >= len(extension.tokens)
             for place in crowded.nonzero()[:, 0]:
                 if self.late:
                     return
-                part = pairs[pairs[:, 0] == place]
-                yield part, self._attended_after(front, extension, place)[part[:, 1]]
-            pairs = pairs[~crowded[pairs[:, 0]]]
+                part = (pairs[:, 0] == place).nonzero()[:, 0]
+                yield part, self._attended_after(front, extension, place)[pairs[part, 1]]
+            rest = (~crowded[pairs[:, 0]]).nonzero()[:, 0]
         length = front.keys.shape[1] + 1
         entry = 4 * (4 * length * adapter.num_heads * adapter.head_width + 12 * adapter.hidden_size)
-        for part in pairs.split(max(1, self.memory // entry)):
+        for part in rest.split(max(1, self.memory // entry)):
             if self.late or not len(part):
                 return
-            place, choice = part.unbind(1)
+            place, choice = pairs[part].unbind(1)
             keys, values = extension.key[choice, None], extension.value[choice, None]
             starts = None
             if int(place[0]) >= 0:
@@ -419,8 +420,8 @@ class PrefixSearch(TreeSearch):
         """Run the cascade exactly on pairs; returns those that pass and their ratios."""
         kept, ratios = [pairs[:0]], [torch.empty(0, device=pairs.device)]
         for part, attended in self._attended(front, extension, pairs):
-            passed, ratio = self._cascade(extension.hidden[part[:, 1]], attended)
-            kept.append(part[passed])
+            passed, ratio = self._cascade(extension.hidden[pairs[part, 1]], attended)
+            kept.append(pairs[part[passed]])
             ratios.append(ratio)
         return torch.cat(kept), torch.cat(ratios)
 

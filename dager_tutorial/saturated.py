@@ -79,6 +79,8 @@ class LeverageSearch(TreeSearch):
             return pairs, torch.empty(0, device=pairs.device)
         needed = chance_quantile(FALSE_ALARMS / len(pairs))
         tried, first = self._mlp_leverages(front, extension, pairs)
+        if not len(tried):
+            return tried, first
         count = len(first) if self.mlp is None else CARRIED * (len(front.nodes) + 8)
         carried = first.argsort()[:count]
         sample = torch.randperm(len(tried), generator=self.generator)[:SAMPLE].to(pairs.device)
@@ -86,7 +88,7 @@ class LeverageSearch(TreeSearch):
         usual = slice(len(carried), None)
         total = standardised(first, first)[torch.cat([carried, sample])] + standardised(second, second[usual])
         deviation = standardised(total, total[usual])[: len(carried)]
-        chosen = deviation <= -needed
+        chosen = (deviation <= -needed) & (not self.late)  # past the deadline the last ones were not computed
         return tried[carried[chosen]], -needed / deviation[chosen]
 
     def _mlp_leverages(self, front: Front, extension: Extension, pairs: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,9 +97,9 @@ class LeverageSearch(TreeSearch):
         tried, leverages = [pairs[:0]], [torch.empty(0, device=pairs.device)]
         chunks = self._everyone(front, extension) if front.nodes else self._attended(front, extension, pairs)
         for part, attended in chunks:
-            hidden = adapter.after_attention(0, extension.hidden[part[:, 1]], attended)
+            hidden = adapter.after_attention(0, extension.hidden[pairs[part, 1]], attended)
             inner = adapter.mlp_input(0, hidden)
-            tried.append(part)
+            tried.append(pairs[part])
             leverages.append(inner.new_zeros(len(part)) if self.mlp is None else self.mlp.log_leverage(inner))
         return torch.cat(tried), torch.cat(leverages)
 
@@ -113,21 +115,19 @@ class LeverageSearch(TreeSearch):
             attended = torch.einsum("ackgl,alkw->ackgw", weights[..., :-1], front.values[places])
             attended += torch.einsum("ackg,ckw->ackgw", weights[..., -1], extension.value)
             choice = torch.arange(count, device=places.device)
-            yield torch.cartesian_prod(places, choice), attended.flatten(0, 1).flatten(1)
+            yield (places[:, None] * count + choice).flatten(), attended.flatten(0, 1).flatten(1)
 
     def _block_leverages(self, front: Front, extension: Extension, pairs: Tensor) -> Tensor:
         """Log leverages at block 1's query, key and value (float32, pairs)."""
         adapter = self.adapter
-        leverages = [torch.empty(0, device=pairs.device)]
+        leverages = torch.zeros(len(pairs), device=pairs.device)
+        if self.next_block is None:
+            return leverages
         for part, attended in self._attended(front, extension, pairs):
-            hidden = adapter.after_attention(0, extension.hidden[part[:, 1]], attended)
+            hidden = adapter.after_attention(0, extension.hidden[pairs[part, 1]], attended)
             hidden = adapter.after_mlp(0, hidden, adapter.mlp_input(0, hidden))
-            vectors = adapter.attention_input(1, hidden) if self.next_block is not None else hidden
-            leverages.append(
-                vectors.new_zeros(len(part)) if self.next_block is None else self.next_block.log_leverage(vectors)
-            )
-        found = torch.cat(leverages)
-        return torch.cat([found, found.new_zeros(len(pairs) - len(found))])
+            leverages[part] = self.next_block.log_leverage(adapter.attention_input(1, hidden))
+        return leverages
 
 
 def filter_by_leverage(source: FirstInput, span: Span, *, late: Callable[[], bool]) -> Candidates:
