@@ -225,9 +225,8 @@ class TreeSearch(ABC):
         seen = torch.empty(0, 0, adapter.num_heads, self.directions.shape[2], device=device)
         return Front([], torch.empty(0, dtype=torch.long, device=device), cache, cache, seen)
 
-    def _extension(self, position: int) -> Extension:
+    def _extension(self, position: int, tokens: Tensor) -> Extension:
         adapter = self.adapter
-        tokens = self.candidates.at(position)
         hidden = adapter.embed(tokens, position)
         query, key, value = adapter.project(0, adapter.attention_input(0, hidden), position)
         groups = adapter.num_heads // adapter.num_key_heads
@@ -238,7 +237,7 @@ class TreeSearch(ABC):
         """Extend every prefix by every candidate of a position, and begin new ones where texts may begin."""
         if not len(self.candidates.at(position)):
             return self._empty_front()
-        extension = self._extension(position)
+        extension = self._extension(position, self.candidates.at(position))
         pairs, ratios = self.select(front, extension)
         self.overflowed |= len(pairs) > self.widest
         best = ratios.argsort(stable=True)[: self.widest].sort().values

@@ -20,7 +20,7 @@ from .token_filter import Candidates, first_vectors
 
 # Of all extensions tried at one position, chance alone may let this many pass.
 FALSE_ALARMS = 0.01
-# Extensions carried through the MLP, for each that was kept before; and the sample that tells what is usual.
+# Extensions carried through the MLP, for each that was kept before; and how many others tell what is usual.
 CARRIED, SAMPLE = 16, 512
 
 
@@ -53,6 +53,7 @@ class LeverageSearch(TreeSearch):
         self.mlp = spans.get((0, MLP))
         self.next_block = spans.get((1, QKV)) if adapter.num_blocks > 1 else None
         self.generator = torch.Generator().manual_seed(seed)
+        self.batch_tokens = torch.cat(candidates.tokens).unique()
         none = torch.zeros(adapter.num_heads * adapter.head_width, 0, device=adapter.first_input.tokens.device)
         super().__init__(
             adapter,
@@ -75,27 +76,40 @@ class LeverageSearch(TreeSearch):
             pairs = everyone.nonzero()
         else:
             pairs = self._beginnings(extension)
-        if not len(pairs):
-            return pairs, torch.empty(0, device=pairs.device)
-        needed = chance_quantile(FALSE_ALARMS / len(pairs))
         tried, first = self._mlp_leverages(front, extension, pairs)
-        if not len(tried):
-            return tried, first
+        usual_first, usual_second = self._usual(front, extension)
+        if not len(tried) or not len(usual_first):
+            return tried[:0], first[:0]
         count = len(first) if self.mlp is None else CARRIED * (len(front.nodes) + 8)
         carried = first.argsort()[:count]
-        sample = torch.randperm(len(tried), generator=self.generator)[:SAMPLE].to(pairs.device)
-        second = self._block_leverages(front, extension, tried[torch.cat([carried, sample])])
-        usual = slice(len(carried), None)
-        total = standardised(first, first)[torch.cat([carried, sample])] + standardised(second, second[usual])
-        deviation = standardised(total, total[usual])[: len(carried)]
+        second = self._block_leverages(front, extension, tried[carried])
+        usual = standardised(usual_first, usual_first) + standardised(usual_second, usual_second)
+        total = standardised(first[carried], usual_first) + standardised(second, usual_second)
+        deviation = standardised(total, usual)
+        needed = chance_quantile(FALSE_ALARMS / len(pairs))
         chosen = (deviation <= -needed) & (not self.late)  # past the deadline the last ones were not computed
         return tried[carried[chosen]], -needed / deviation[chosen]
 
-    def _mlp_leverages(self, front: Front, extension: Extension, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    def _usual(self, front: Front, extension: Extension) -> tuple[Tensor, Tensor]:
+        """Log leverages of pairs that are hardly ever true: the batch's tokens, of any position, after any prefix."""
+        draws = torch.randint(len(self.batch_tokens), (SAMPLE,), generator=self.generator)
+        tokens = self.batch_tokens[draws.to(extension.tokens.device)]
+        places = torch.randint(max(1, len(front.nodes)), (SAMPLE,), generator=self.generator).sort().values
+        if not front.nodes:
+            places = torch.full_like(places, -1)
+        pairs = torch.stack([places, torch.arange(SAMPLE)], 1).to(tokens.device)
+        others = self._extension(extension.position, tokens)
+        first = self._mlp_leverages(front, others, pairs, all_pairs=False)[1]
+        return first, self._block_leverages(front, others, pairs)[: len(first)]
+
+    def _mlp_leverages(
+        self, front: Front, extension: Extension, pairs: Tensor, *, all_pairs: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """The pairs that were tried before the deadline and their log leverages at the MLP's input (float32)."""
         adapter = self.adapter
         tried, leverages = [pairs[:0]], [torch.empty(0, device=pairs.device)]
-        chunks = self._everyone(front, extension) if front.nodes else self._attended(front, extension, pairs)
+        whole = all_pairs and bool(front.nodes)
+        chunks = self._everyone(front, extension) if whole else self._attended(front, extension, pairs)
         for part, attended in chunks:
             hidden = adapter.after_attention(0, extension.hidden[pairs[part, 1]], attended)
             inner = adapter.mlp_input(0, hidden)
