@@ -276,7 +276,7 @@ class TreeSearch(ABC):
                 if self.late:
                     return
                 part = (pairs[:, 0] == place).nonzero()[:, 0]
-                yield part, self._attended_after(front, extension, place)[pairs[part, 1]]
+                yield part, self._attended_by_all(front, extension, place[None])[0, pairs[part, 1]]
             rest = (~crowded[pairs[:, 0]]).nonzero()[:, 0]
         length = front.keys.shape[1] + 1
         entry = 4 * (4 * length * adapter.num_heads * adapter.head_width + 12 * adapter.hidden_size)
@@ -292,12 +292,12 @@ class TreeSearch(ABC):
                 starts = front.starts[place]
             yield part, attend(adapter, 0, extension.query[choice], keys, values, starts)
 
-    def _attended_after(self, front: Front, extension: Extension, place: Tensor) -> Tensor:
-        """Like `_attended` (float32, candidates x width) for every candidate after one prefix."""
-        weights = self._weights(front, extension, place[None])[0]
-        attended = torch.einsum("ckgl,lkw->ckgw", weights[..., :-1], front.values[place])
-        attended += torch.einsum("ckg,ckw->ckgw", weights[..., -1], extension.value)
-        return attended.flatten(1)
+    def _attended_by_all(self, front: Front, extension: Extension, places: Tensor) -> Tensor:
+        """Like `_attended` for every candidate after some prefixes (float32, prefixes x candidates x width)."""
+        weights = self._weights(front, extension, places)
+        attended = torch.einsum("ackgl,alkw->ackgw", weights[..., :-1], front.values[places])
+        attended += torch.einsum("ackg,ckw->ackgw", weights[..., -1], extension.value)
+        return attended.flatten(2)
 
     def _grown(self, front: Front, extension: Extension, pairs: Tensor, ratios: Tensor) -> Front:
         """Enter accepted pairs into the tree and build the next front."""

@@ -141,9 +141,9 @@ def inspect_update(model: LanguageModel, update: Update) -> Inspection:
     rows = []
     for tap in evidence.adapter.taps():
         gradient = tap.gradient(evidence.gradients)
-        span = None if gradient is None else evidence.span(tap.block, tap.kind)
         if gradient is None:
             continue
+        span = evidence.span(tap.block, tap.kind)
         shape = (gradient.shape[0], gradient.shape[1])
         if span is None:
             rows.append(TapReport(tap.name, shape, 0, 0.0, 1.0, saturated=False))

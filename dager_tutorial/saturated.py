@@ -125,11 +125,11 @@ class LeverageSearch(TreeSearch):
         for places in torch.arange(len(front.nodes), device=front.keys.device).split(max(1, self.memory // entry)):
             if self.late:
                 return
-            weights = self._weights(front, extension, places)
-            attended = torch.einsum("ackgl,alkw->ackgw", weights[..., :-1], front.values[places])
-            attended += torch.einsum("ackg,ckw->ackgw", weights[..., -1], extension.value)
             choice = torch.arange(count, device=places.device)
-            yield (places[:, None] * count + choice).flatten(), attended.flatten(0, 1).flatten(1)
+            yield (
+                (places[:, None] * count + choice).flatten(),
+                self._attended_by_all(front, extension, places).flatten(0, 1),
+            )
 
     def _block_leverages(self, front: Front, extension: Extension, pairs: Tensor) -> Tensor:
         """Log leverages at block 1's query, key and value (float32, pairs)."""
