@@ -12,7 +12,7 @@ DATA  ?= reviews
 SEED  ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test book slides pages serve refresh lab bench lint format clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,14 +23,34 @@ $(STAMP): pyproject.toml requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make setup: $(PYTHON) is older than 3.11; try: make setup PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,book]'
 	@touch $@
 
 demo: setup ## Watch a real language model's gradient give up eight private notes.
 	@$(BIN)/dager demo
 
-test: setup ## Run the tests and the examples in the docstrings.
+test: setup ## Run the tests, the examples in the docstrings and every notebook of the book.
 	$(BIN)/python -m pytest
+
+book: setup ## Build the book into _build/html; a warning is an error.
+	$(BIN)/python book/_tools/vendor.py
+	$(BIN)/jupyter-book build . -W --keep-going --quiet
+
+slides: book ## Make a deck of slides from each chapter, in _build/html/slides.
+	$(BIN)/python book/_tools/slides.py
+
+pages: slides ## Look at every page of the book and every slide in a headless browser.
+	DAGER_PAGES=1 $(BIN)/python -m pytest tests/test_pages.py
+
+serve: slides ## Show the book at http://localhost:8000.
+	$(BIN)/python -m http.server --directory _build/html 8000
+
+refresh: setup ## Execute every notebook again and store what it prints.
+	$(BIN)/python book/_tools/notebooks.py refresh
+
+lab: setup ## Open the book's notebooks in JupyterLab.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
+	$(BIN)/jupyter lab book/intro.ipynb
 
 bench: setup ## Time the attack: against the textbook version, and as batches grow (MODEL, BATCH, DATA, SEED).
 	$(BIN)/dager bench decoder --model $(MODEL) --batch-size $(BATCH) --data $(DATA) --seed $(SEED)
@@ -46,5 +66,5 @@ format: setup ## Rewrite the code in the project's format.
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment and everything that was built.
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) _build _vendor build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -369,12 +369,26 @@ def accuracy(
 
 @models.callback(invoke_without_command=True)
 def list_models(context: typer.Context, json_file: Json = None) -> None:
-    """List the models that come by name, or export one as a Hugging Face folder."""
+    """List the models that come by name, fetch some for later, or export one as a Hugging Face folder."""
     if context.invoked_subcommand is None:
         from .models.zoo import available_models
 
         records = [vars(record) for record in available_models()]
         _finish(json_file, {"models": records}, display.models_table(records))
+
+
+@models.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Models, as for --model.")],
+    json_file: Json = None,
+) -> None:
+    """Fetch models into the cache (DAGER_CACHE, or ~/.cache/dager-tutorial), so that they load without a network."""
+    from .models.cache import cache_folder
+    from .models.zoo import load_model
+
+    for name in names:
+        load_model(name, blocks=1)
+    _finish(json_file, {"models": names, "cache": str(cache_folder())}, display.facts({"fetched": ", ".join(names)}))
 
 
 @models.command()

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
+from pathlib import Path
+
+# Before torch is imported, here and in the kernels that run the notebooks: few threads, no progress bars.
+for _name, _value in {
+    "OMP_NUM_THREADS": "2",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
 
 import pytest
 import torch
@@ -48,6 +58,12 @@ watch water we week well went were west what when where white who why wife wind 
 word work world write year yes you young
 """.split()  # noqa: SIM905
 """The ordinary words that the tiny tokenizers know, each one token."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What the outputs of notebooks may differ in, wherever pytest is started."""
+    config.option.nbval_sanitize_with = str(Path(__file__).with_name("nbval_sanitize.cfg"))
+
 
 _SHAPE = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "initializer_range": 0.1}
 

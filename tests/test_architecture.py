@@ -15,7 +15,10 @@ ORDER = (
     "models.zoo",
     "client", "subspace", "unmixing", "rounding", "token_filter", "evidence",
     "decoder", "encoder", "saturated", "sentences", "attack",
-    "metrics", "textbook", "data", "benchmark", "checks", "plotting", "display", "widgets", "demo", "",
+    "metrics", "textbook", "data", "benchmark",
+    "checks.common", "checks.gradients_leak", "checks.low_rank", "checks.token_filter", "checks.decoder_recovery",
+    "checks.encoder_recovery", "checks.whole_attack", "checks.when_it_breaks", "checks",
+    "plotting", "display", "widgets", "demo", "",
     "cli",
 )
 # fmt: on

@@ -147,6 +147,13 @@ def test_an_update_without_signal_is_no_mistake(folder, update, tmp_path):
     assert main(["score", str(result), "--model", folder, *BATCH]) == 0
 
 
+def test_models_fetch_takes_several_names_and_says_where_they_are(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DAGER_CACHE", str(tmp_path / "cache"))
+    assert main(["models", "fetch", folder, folder, "--json", str(tmp_path / "fetched.json")]) == 0
+    assert read(tmp_path / "fetched.json") == {"models": [folder, folder], "cache": str(tmp_path / "cache")}
+    assert main(["models", "fetch", "no-such-model"]) == 2
+
+
 def test_models_lists_the_zoo_and_exports_a_folder_that_loads(folder, tmp_path, capsys):
     assert main(["models", "--json", str(tmp_path / "models.json")]) == 0
     names = {record["name"] for record in read(tmp_path / "models.json")["models"]}
