@@ -36,7 +36,7 @@ book: setup ## Build the book into _build/html; a warning is an error.
 	$(BIN)/python book/_tools/vendor.py
 	$(BIN)/jupyter-book build . -W --keep-going --quiet
 
-slides: book ## Make a deck of slides from each chapter, in _build/html/slides.
+slides: book ## Build the book, and a deck of slides from each chapter.
 	$(BIN)/python book/_tools/slides.py
 
 pages: slides ## Look at every page of the book and every slide in a headless browser.

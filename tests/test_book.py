@@ -23,6 +23,19 @@ NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.stem[:2].isdigit()]
 TAGS = {"colab", "exercise", "hide-cell", "hide-input", "hide-output", "nbval-ignore-output", "raises-exception"}
 TAGS |= {"remove-cell", "remove-input", "slide", "slide-code", "slide-more", "solution"}
+SPELLED = {  # as the book does not write it: as it does
+    "nonzero": "non-zero",
+    "optimiz": "optimis",
+    "normaliz": "normalis",
+    "color": "colour",
+    "behavior": "behaviour",
+    "defense": "defence",
+    "minibatch": "batch",
+    "mini-batch": "batch",
+    "word piece": "token",
+    "embedding dimension": "width",
+    "hidden dimension": "width",
+}
 PARTS = ("**The question.**", "**After this chapter you can**", "**Before you start.**", "**Cost.**")
 SECTIONS = ("## What defends", "## Exercises", "## Recap")
 LONGEST_CELL, LARGEST_FILE = 30, 1_500_000
@@ -96,6 +109,13 @@ def test_cells_are_small_and_tags_are_known(path):
             assert len(lines) <= LONGEST_CELL, f"{len(lines)} lines: {lines[0]}"
 
 
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *sorted((ROOT / "book").glob("*.md"))], ids=lambda path: path.stem)
+def test_terms_are_spelled_in_one_way(path):
+    text = prose(path) if path.suffix == ".ipynb" else path.read_text("utf-8")
+    text = re.sub(r"`[^`]*`|\$[^$]*\$|```.*?```", "", text, flags=re.DOTALL).lower()
+    assert {wrong: right for wrong, right in SPELLED.items() if wrong in text} == {}
+
+
 @notebooks
 def test_a_figure_has_caption_name_and_description(path):
     for cell in code_cells(path):
@@ -162,3 +182,23 @@ def test_the_repository_is_named_in_one_place():
     holders = [path.name for path in [*others, *(ROOT / "book").glob("*.md")] if url in path.read_text("utf-8")]
     assert holders == ["_config.yml"]
     assert all(url in code_cells(path)[0].source for path in NOTEBOOKS)
+
+
+@chapters
+def test_a_handout_has_every_exercise_and_no_solution(path):
+    handout = nbformat.reads(tool("notebooks").handout_of(path), as_version=4)
+    kept = [cell for cell in handout.cells if cell.cell_type == "code"]
+    assert len(kept) == len([cell for cell in code_cells(path) if "solution" not in tags(cell)])
+    assert any("exercise" in tags(cell) for cell in kept)
+    assert not any(cell.outputs for cell in kept)
+
+
+@notebooks
+def test_a_draft_becomes_the_same_notebook(path):
+    """What a chapter is edited as loses nothing but outputs."""
+    tools = tool("notebooks")
+    again = tools.normalise(tools.jupytext.reads(tools.draft_of(path), fmt="md:myst"))
+    first = read(path)
+    assert [(cell.id, cell.source, cell.metadata) for cell in again.cells] == [
+        (cell.id, cell.source, cell.metadata) for cell in first.cells
+    ]

@@ -124,6 +124,14 @@ def test_pictures_say_what_they_show(tab, address, name):
 
 
 @pytest.mark.parametrize("name", CHAPTERS or [None])
+def test_code_is_seen_without_scrolling_sideways(tab, address, name):
+    tab.goto(address + name, wait_until="networkidle")
+    for code in tab.locator(".cell_input pre").all():
+        wide, room = code.evaluate("pre => [pre.scrollWidth, pre.clientWidth]")
+        assert wide <= room, code.inner_text()
+
+
+@pytest.mark.parametrize("name", CHAPTERS or [None])
 def test_a_page_fits_a_narrow_screen(tab, address, name):
     tab.set_viewport_size({"width": 390, "height": 800})
     tab.goto(address + name, wait_until="networkidle")

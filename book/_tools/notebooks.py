@@ -3,6 +3,7 @@
     python book/_tools/notebooks.py refresh [NOTEBOOK ...]   execute again, all notebooks if none is named
     python book/_tools/notebooks.py build DRAFT ...          a draft (MyST .md or percent .py) becomes book/<name>.ipynb
     python book/_tools/notebooks.py draft NOTEBOOK           print the notebook as a MyST draft, without outputs
+    python book/_tools/notebooks.py handout NOTEBOOK         print the notebook without solutions and outputs
 
 The notebooks are the source of the book. Drafts are a comfortable way to write them and are not kept.
 """
@@ -181,15 +182,25 @@ def draft_of(path: Path) -> str:
     return jupytext.writes(notebook, fmt="md:myst")
 
 
+def handout_of(path: Path) -> str:
+    """A notebook for a class: without solutions, and without what the cells print."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.get("tags", ())]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return dumped(notebook)
+
+
 def main() -> None:
     """Read the command line and do what it says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("refresh", "build", "draft"))
+    parser.add_argument("command", choices=("refresh", "build", "draft", "handout"))
     parser.add_argument("files", nargs="*", type=Path)
     arguments = parser.parse_args()
-    if arguments.command == "draft":
+    if arguments.command in ("draft", "handout"):
         for path in arguments.files:
-            sys.stdout.write(draft_of(path))
+            sys.stdout.write(draft_of(path) if arguments.command == "draft" else handout_of(path))
     elif arguments.command == "build":
         for path in arguments.files:
             build(path)

@@ -152,13 +152,13 @@ PAGE = """<!doctype html>
 <link rel="stylesheet" href="../reveal/reveal.css">
 <link rel="stylesheet" href="../reveal/theme/white.css">
 <style>
-:root {{ --r-main-font-size: 26px; --r-heading1-size: 2.2em; --r-heading2-size: 1.4em; }}
+:root {{ --r-main-font-size: 34px; --r-heading1-size: 2.2em; --r-heading2-size: 1.3em; }}
 :root {{ --r-heading-text-transform: none; }}
 .reveal .slides section {{ text-align: left; }}
 .reveal .slides section > h2 {{ margin-bottom: 0.6em; }}
-.reveal img {{ display: block; max-height: 450px; margin: 0.2em auto; }}
-.reveal .caption {{ font-size: 0.75em; color: #555; text-align: center; }}
-.reveal table {{ font-size: 0.85em; }}
+.reveal img {{ display: block; height: 440px; max-width: 100%; object-fit: contain; margin: 0.2em auto; }}
+.reveal .caption {{ font-size: 0.65em; color: #555; text-align: center; }}
+.reveal table {{ font-size: 0.8em; }}
 .reveal pre {{ width: auto; font-size: 0.6em; box-shadow: none; background: #f4f4f4; padding: 0.6em; }}
 .reveal ul {{ margin-left: 1em; }}
 .reveal li {{ margin-bottom: 0.3em; }}
