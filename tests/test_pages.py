@@ -149,6 +149,7 @@ def test_slides_fit_and_show_formulas(tab, address, name):
         height = tab.evaluate("Reveal.getCurrentSlide().scrollHeight")
         assert height <= tab.evaluate("Reveal.getConfig().height"), f"slide {number + 1} is too long"
     assert tab.locator("mjx-merror").count() == 0
+    assert "`" not in tab.locator(".slides").evaluate("deck => deck.textContent.replace(/<script.*?script>/gs, '')")
 
 
 class Links(HTMLParser):
