@@ -10,13 +10,13 @@ ROOT = Path(__file__).parent.parent / "dager_tutorial"
 # fmt: off
 ORDER = (
     "errors", "update", "reconstruction",
-    "models.base", "models.gpt2", "models.llama", "models.bert", "models",
+    "models.base", "models.gpt2", "models.llama", "models.bert", "models.distilbert", "models.roberta", "models",
     "models.cache", "models.checkpoint", "models.hub", "models.smollm2", "models.wheels", "models.pinned",
     "models.zoo",
     "client", "subspace", "unmixing", "rounding", "token_filter", "evidence",
     "decoder", "encoder", "saturated", "sentences", "attack",
-    "metrics", "textbook", "data", "benchmark", "checks", "plotting", "display", "widgets", "demo", "",
-    "cli",
+    "metrics", "textbook", "textbook_encoder",
+    "data", "benchmark", "checks", "plotting", "display", "widgets", "demo", "", "cli",
 )
 # fmt: on
 ATTACK_SIDE = (
@@ -30,6 +30,7 @@ ATTACK_SIDE = (
     "sentences",
     "attack",
     "textbook",
+    "textbook_encoder",
 )
 SEES_A_BATCH = {
     "",
