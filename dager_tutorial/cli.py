@@ -49,7 +49,9 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Zoo name, Hugging Face id, local folder or random:<config>.")
 ]
 Device = Annotated[Literal["cpu", "cuda", "mps"], typer.Option("--device", help="Where to compute.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn: the batch, the head, the search.")]
+Seed = Annotated[
+    int, typer.Option("--seed", help="Seed of everything drawn: the batch, the head, the masks, the search.")
+]
 ModelSeed = Annotated[int, typer.Option("--model-seed", help="Seed of the weights of a random: model.")]
 Blocks = Annotated[int | None, typer.Option("--blocks", min=1, help="Keep only the model's first blocks.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores by default.")]
@@ -63,7 +65,10 @@ BatchSize = Annotated[
 ]
 Texts = Annotated[list[str] | None, typer.Option("--text", help="A text of the batch; repeat for more.")]
 Labels = Annotated[list[int] | None, typer.Option("--label", help="Class of each --text, in order; 0, 1, 0, ...")]
-Task = Annotated[Literal["classification", "next_token"], typer.Option("--task", help="What the client trains.")]
+Task = Annotated[
+    Literal["classification", "next_token", "masked"],
+    typer.Option("--task", help="What the client trains; masked for bidirectional models."),
+]
 Loss = Annotated[Literal["cross_entropy", "frobenius"], typer.Option("--loss", help="The client's loss.")]
 Dtype = Annotated[
     Literal["float32", "float64", "bfloat16", "float16"],
@@ -223,7 +228,7 @@ def score(
     found = _read_result(result)
     texts, _ = _batch(data, batch_size, seed, text, None)
     language_model = _open(model, device, model_seed, blocks, threads)
-    points = _score(found, texts, language_model, task, max_length)
+    points = _score(found, texts, language_model, task=task, max_length=max_length, seed=seed)
     _finish(json_file, points.to_json(), *_compared(points))
 
 
@@ -256,7 +261,7 @@ def attack(
         padding_side=padding_side, max_length=max_length, seed=seed,
     )  # fmt: skip
     found = _attack(language_model, update, seed, time_budget)
-    points = _score(found, texts, language_model, task, max_length)
+    points = _score(found, texts, language_model, task=task, max_length=max_length, seed=seed)
     shown = (display.status_line(found), *_compared(points), display.times_table(found.seconds))
     _finish(json_file, found.to_json() | points.to_json(), *shown)
 
@@ -336,7 +341,7 @@ def accuracy(
     data: Annotated[list[str], typer.Option("--data", help="Texts by name, or a TSV file; repeat it.")],
     batch_size: Annotated[list[int], typer.Option("--batch-size", min=1, help="Number of texts; repeat it.")],
     batches: Annotated[int, typer.Option("--batches", min=1, help="Batches of each kind, seeds counted up.")] = 5,
-    task: Annotated[str, typer.Option("--task", help="classification or next_token.")] = "classification",
+    task: Annotated[str, typer.Option("--task", help="classification, next_token or masked.")] = "classification",
     dtype: Annotated[str, typer.Option("--dtype", help="The client's precision.")] = "float32",
     share: Annotated[str, typer.Option("--share", help="all or attention.")] = "attention",
     json_file: Json = None,
@@ -460,10 +465,10 @@ def _attack(model: LanguageModel, update: Update, seed: int, time_budget: float 
         return attack(model, update, config=config, progress=advance)
 
 
-def _score(found: Reconstruction, texts: list[str], model: LanguageModel, task: str, max_length: int | None) -> Score:
+def _score(found: Reconstruction, texts: list[str], model: LanguageModel, **options: Any) -> Score:
     from .metrics import score
 
-    return score(found, texts, model, task=task, max_length=max_length)
+    return score(found, texts, model, **options)
 
 
 def _read_result(path: Path) -> Reconstruction:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import operator
+import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,7 +31,7 @@ from .models import Adapter, LanguageModel, adapter_for
 from .models.base import ATTENTION_OUTPUT, QKV
 from .update import Update, quote
 
-TASKS = ("classification", "next_token")
+TASKS = ("classification", "next_token", "masked")
 LOSSES = ("cross_entropy", "frobenius")
 DTYPES = {
     "float32": torch.float32,
@@ -37,8 +40,15 @@ DTYPES = {
     "float16": torch.float16,
 }
 PADDING_SIDES = ("right", "left")
-_HEAD_STD = 1e-3  # as the paper initialises its classification heads
+_HEAD_STD = 1e-3  # of the map to the classes, as the paper initialises its classification heads
 _IGNORED = -100  # the label that transformers' losses skip
+_CLASSES: dict[str, Any] = {
+    "classification": AutoModelForSequenceClassification,
+    "next_token": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+}
+# Masked-language training as BERT does it: how many tokens are targets, and what becomes of a target.
+_TARGETS, _MASKED, _RANDOM = 0.15, 0.8, 0.1
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,12 @@ class _Batch:
     Attributes:
         ids: Token ids, pads included.
         mask: 1 at real tokens, 0 at pads.
+        targets: The original ids where masked-language training asks for them, `_IGNORED` elsewhere.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
+    targets: torch.Tensor | None
 
 
 def client_update(
@@ -74,10 +86,12 @@ def client_update(
     Args:
         model: The shared model.
         texts: The private batch.
-        labels: One class per text, from 0; alternating 0 and 1 when left out. Next-token training does not
-            use them.
-        task: ``"classification"`` (the architecture's sequence-classification class with a fresh seeded head)
-            or ``"next_token"`` (its causal language model; mean over all predicted tokens of the batch).
+        labels: One class per text, from 0; alternating 0 and 1 when left out. Only classification uses them.
+        task: ``"classification"`` (the architecture's sequence-classification class with a fresh seeded head),
+            ``"next_token"`` (its causal language model; mean over all predicted tokens of the batch), or
+            ``"masked"`` (its masked language model with a fresh seeded head; mean over the masked tokens of the
+            batch). The network then sees the texts as `masked_inputs` corrupts them, and it is the corrupted
+            texts that the attack recovers.
         loss: ``"cross_entropy"``, or ``"frobenius"``: the sum of squares of the last hidden state over a
             text's real tokens, mean over the batch. The latter has no head. After a final normalisation
             without trained gain it is nearly constant, so a randomly initialised model gives almost no
@@ -89,7 +103,7 @@ def client_update(
             never computed.
         padding_side: ``"right"`` or ``"left"``; the gradient is the same up to rounding.
         max_length: Longest text in tokens, special ones included; longer texts are cut. None: no cut.
-        seed: Seed of a fresh head.
+        seed: Seed of a fresh head, and of the masks.
 
     Returns:
         Detached gradients on the CPU, each of its parameter's shape, in ``dtype``. Shared parameters that the
@@ -104,9 +118,10 @@ def client_update(
     backbone = _in_dtype(model.network, DTYPES[dtype])
     adapter = adapter_for(backbone)
     _check_fit(adapter, task, loss, padding_side)
+    ids, targets = _masked_batch(model, ids, seed) if task == "masked" else (ids, None)
     config = _client_config(backbone, model.tokenizer, ids, max(2, max(classes) + 1))
     client = _with_head(backbone, config, task, seed)
-    batch = _pad(ids, config.pad_token_id, padding_side, model.device)
+    batch = _pad(ids, targets, config.pad_token_id, padding_side, model.device)
     with _requiring_grad(_shared(client, adapter, share)) as shared:
         value = _loss(client, adapter, batch, classes, task, loss)
         gradients = _gradients(value, shared, share)
@@ -142,6 +157,66 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length:
     return [list(ids) for ids in encoded["input_ids"]]
 
 
+def masked_inputs(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Corrupt texts as masked-language training does: what the network sees, and what it is asked for.
+
+    In every text 15 % of the tokens, at least one, are targets; those that frame it are not. A target becomes the
+    mask token (80 %), a random token (10 %) or stays (10 %), as in BERT (Devlin et al., 2019). Client and
+    scoring both call this function: the truth is what the network saw. It depends on the seed and the text
+    alone, not on the text's place in the batch; equal texts are corrupted one by one.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        ids: Token ids of the texts, as `encode` gives them.
+        seed: Seed of the choice.
+
+    Returns:
+        For each text the token ids that the network sees, and as many targets: the original id, or -100 where
+        nothing is asked.
+
+    Raises:
+        DagerError: The tokenizer has no mask token.
+    """
+    if tokenizer.mask_token_id is None:
+        raise DagerError(
+            "task 'masked' needs a mask token and the tokenizer has none: choose task 'classification', or a "
+            "tokenizer with a mask token"
+        )
+    frame = frame_ids(tokenizer)
+    ordinary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    seen: Counter[tuple[int, ...]] = Counter()
+    inputs, targets = [], []
+    for tokens in map(tuple, ids):
+        chance = random.Random(f"{seed} {seen[tokens]} {tokens}")
+        seen[tokens] += 1
+        places = [place for place, token in enumerate(tokens) if token not in frame]
+        chosen = chance.sample(places, min(len(places), max(1, round(_TARGETS * len(places)))))
+        corrupted = {place: _corrupted(tokens[place], tokenizer.mask_token_id, ordinary, chance) for place in chosen}
+        inputs.append([corrupted.get(place, token) for place, token in enumerate(tokens)])
+        targets.append([token if place in corrupted else _IGNORED for place, token in enumerate(tokens)])
+    return inputs, targets
+
+
+def _corrupted(token: int, mask: int, ordinary: Sequence[int], chance: random.Random) -> int:
+    """What the network sees in place of a target."""
+    draw = chance.random()
+    if draw < _MASKED:
+        return mask
+    return chance.choice(ordinary) if draw < _MASKED + _RANDOM else token
+
+
+def frame_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that frame or pad a text. An unknown word or a mask is not among them: it is part of its text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+    """
+    names = ("bos", "eos", "cls", "sep", "pad")
+    return frozenset(getattr(tokenizer, f"{name}_token_id") for name in names) - {None}
+
+
 def _check_options(**given: str) -> None:
     """Raise when an option has none of its values, and say which it has."""
     allowed = {"task": TASKS, "loss": LOSSES, "dtype": tuple(DTYPES), "padding_side": PADDING_SIDES}
@@ -151,13 +226,15 @@ def _check_options(**given: str) -> None:
 
 
 def _check_fit(adapter: Adapter, task: str, loss: str, padding_side: str) -> None:
-    """Raise when a bidirectional model is asked for what only causal ones can do."""
-    if adapter.causal:
-        return
+    """Raise when a causal model is asked for what only bidirectional ones can do, or the other way round."""
     kind = adapter.config.model_type
+    if adapter.causal:
+        if task == "masked":
+            raise DagerError(f"task 'masked' needs a bidirectional model and {kind} is causal: use task 'next_token'")
+        return
     if task == "next_token":
-        raise DagerError(f"task 'next_token' needs a causal model and {kind} is not: use task 'classification'")
-    if padding_side == "left" and loss == "cross_entropy":
+        raise DagerError(f"task 'next_token' needs a causal model and {kind} is not: use task 'masked'")
+    if padding_side == "left" and loss == "cross_entropy" and task == "classification":
         raise DagerError(
             f"padding_side 'left' needs a causal model: {kind} classifies by a row's first position, "
             "which would be a pad"
@@ -170,7 +247,7 @@ def _private_batch(model: LanguageModel, texts: Sequence[str], max_length: int |
         raise DagerError("the batch is empty: give at least one text")
     ids = encode(model.tokenizer, texts, max_length)
     special = model.tokenizer.num_special_tokens_to_add()
-    positions, vocabulary = adapter_for(model.network).max_positions, model.network.config.vocab_size
+    positions = adapter_for(model.network).max_positions
     for index, tokens in enumerate(ids):
         if len(tokens) <= special:
             raise DagerError(f"text {index} ({quote(texts[index], 40)}) has no tokens: leave it out")
@@ -179,12 +256,28 @@ def _private_batch(model: LanguageModel, texts: Sequence[str], max_length: int |
                 f"text {index} has {len(tokens)} tokens and the model {positions} positions: "
                 f"max_length={positions} cuts it"
             )
+    _check_vocabulary(model, ids)
+    return ids
+
+
+def _check_vocabulary(model: LanguageModel, ids: list[list[int]]) -> None:
+    """Raise when the model has no embedding for a token."""
+    vocabulary = model.network.config.vocab_size
+    for index, tokens in enumerate(ids):
         if max(tokens) >= vocabulary:
             raise DagerError(
                 f"text {index} has token id {max(tokens)} and the model's vocabulary {vocabulary} rows: "
                 "tokenizer and model do not belong together"
             )
-    return ids
+
+
+def _masked_batch(model: LanguageModel, ids: list[list[int]], seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Corrupted inputs and targets of a batch, after checking that the model can take them."""
+    inputs, targets = masked_inputs(model.tokenizer, ids, seed)
+    _check_vocabulary(model, inputs)
+    if all(target == _IGNORED for row in targets for target in row):
+        raise DagerError("task 'masked' needs a token to mask: every text has special tokens only")
+    return inputs, targets
 
 
 def _labels(labels: Sequence[int] | None, batch_size: int) -> list[int]:
@@ -241,22 +334,24 @@ def _with_head(backbone: PreTrainedModel, config: PretrainedConfig, task: str, s
     with torch.device("meta"):
         client = _task_class(config, task)(config).eval()
     setattr(client, client.base_model_prefix, backbone)
-    if task == "next_token":
+    if task != "classification":
         client.tie_weights()
+    if task == "next_token":
         client.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns for GPT-2
-    generator = torch.Generator().manual_seed(seed)
-    std = _HEAD_STD if task == "classification" else getattr(config, "initializer_range", 0.02)
+    generator, hidden = torch.Generator().manual_seed(seed), getattr(config, "initializer_range", 0.02)
     for name, parameter in list(client.named_parameters()):
         if parameter.is_meta:
+            std = _HEAD_STD if task == "classification" and len(parameter) == config.num_labels else hidden
             _materialise(client, name, backbone, std, generator)
+    if task == "masked":
+        client.tie_weights()  # once more: some decoders share a bias that was made just now
     return client
 
 
 def _task_class(config: PretrainedConfig, task: str) -> type[PreTrainedModel]:
     """The transformers class that trains this architecture on the task."""
-    auto = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
     try:
-        found: Any = auto._model_mapping[type(config)]
+        found: Any = _CLASSES[task]._model_mapping[type(config)]
     except KeyError:
         raise DagerError(
             f"transformers has no {task} class for {config.model_type}: choose another task or model"
@@ -267,29 +362,34 @@ def _task_class(config: PretrainedConfig, task: str) -> type[PreTrainedModel]:
 def _materialise(
     client: PreTrainedModel, name: str, backbone: PreTrainedModel, std: float, generator: torch.Generator
 ) -> None:
-    """Put a head parameter in memory: weights normal with the given deviation, biases zero.
+    """Put a head parameter in memory: weights normal with the given deviation, gains of norms one, biases zero.
 
     Drawn in float32 on the CPU, so that the seed gives one head on every device and in every dtype.
     """
     owner, _, leaf = name.rpartition(".")
     module = client.get_submodule(owner)
     shape = getattr(module, leaf).shape
-    value = torch.zeros(shape) if leaf == "bias" else torch.randn(shape, generator=generator) * std
+    if leaf == "bias":
+        value = torch.zeros(shape)
+    elif isinstance(module, nn.LayerNorm):
+        value = torch.ones(shape)
+    else:
+        value = torch.randn(shape, generator=generator) * std
     like = next(backbone.parameters())
     setattr(module, leaf, nn.Parameter(value.to(like.device, like.dtype), requires_grad=False))
 
 
-def _pad(ids: list[list[int]], pad: int, side: str, device: torch.device) -> _Batch:
-    """Pad token ids to the longest text."""
+def _pad(ids: list[list[int]], targets: list[list[int]] | None, pad: int, side: str, device: torch.device) -> _Batch:
+    """Pad token ids, and targets where there are any, to the longest text."""
     longest = max(map(len, ids))
-    rows, masks = [], []
-    for tokens in ids:
-        fill = longest - len(tokens)
-        parts = (tokens, [pad] * fill), ([1] * len(tokens), [0] * fill)
-        row, mask = (a + b if side == "right" else b + a for a, b in parts)
-        rows.append(row)
-        masks.append(mask)
-    return _Batch(torch.tensor(rows, device=device), torch.tensor(masks, device=device))
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        fills = [[value] * (longest - len(row)) for row in rows]
+        whole = [row + fill if side == "right" else fill + row for row, fill in zip(rows, fills, strict=True)]
+        return torch.tensor(whole, device=device)
+
+    mask = padded([[1] * len(tokens) for tokens in ids], 0)
+    return _Batch(padded(ids, pad), mask, None if targets is None else padded(targets, _IGNORED))
 
 
 def _shared(client: PreTrainedModel, adapter: Adapter, share: str | Sequence[str]) -> dict[str, nn.Parameter]:
@@ -349,7 +449,10 @@ def _loss(
         hidden = adapter.network(**inputs, use_cache=False).last_hidden_state  # batch x length x width
         rows = hidden[batch.mask.bool()]
         return rows.to(torch.promote_types(rows.dtype, torch.float32)).square().sum() / len(batch.ids)
-    labels = _next_token_labels(batch) if task == "next_token" else torch.tensor(classes, device=batch.ids.device)
+    if task == "classification":
+        labels = torch.tensor(classes, device=batch.ids.device)
+    else:
+        labels = _next_token_labels(batch) if batch.targets is None else batch.targets
     return client(**inputs, labels=labels, use_cache=False).loss
 
 

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
-from transformers import PreTrainedTokenizerBase
 
-from .client import TASKS, encode
+from .client import TASKS, encode, frame_ids, masked_inputs
 from .errors import DagerError
 from .models.base import LanguageModel
 from .reconstruction import Reconstruction
@@ -81,14 +80,16 @@ def score(
     *,
     task: str = "classification",
     max_length: int | None = None,
+    seed: int = 0,
 ) -> Score:
     """Compare a reconstruction with the true batch.
 
-    The truth is what the client trained on (`client.encode`). With the next-token loss the last token of
-    a text is only a target and enters no gradient: the truth is then all but each last token, and a text
-    of which no token is left (special tokens aside) is left out of the averages. Texts with the same
-    truth give the same rows, which come back once: they are recovered by one sequence, and each of them
-    counts.
+    The truth is what the client's network saw (`client.encode`). With the next-token loss the last token of
+    a text is only a target and no input: the truth is then all but each last token, and a text
+    of which no token is left (special tokens aside) is left out of the averages. In masked-language training
+    the tokens behind the masks are only targets: the truth is the corrupted text (`client.masked_inputs`), in
+    which a mask is a token like others. Texts with the same truth give the same rows, which come back once:
+    they are recovered by one sequence, and each of them counts.
 
     Recovered sequences are assigned to the distinct truths, each used once, so that the sum over the
     batch of ROUGE-1 + ROUGE-2 + exact is largest. Neither the order of the texts nor that of the
@@ -98,22 +99,24 @@ def score(
         reconstruction: What the server found.
         texts: The batch.
         model: The model that both sides share.
-        task: `classification` or `next_token`, as the client trained.
+        task: `classification`, `next_token` or `masked`, as the client trained.
         max_length: Truncation of the texts in tokens, as the client's.
+        seed: The client's seed, which chose the masks; of no use to the other tasks.
 
     Returns:
         The scores and the pairs of texts.
 
     Raises:
-        DagerError: The batch is empty, nothing in it could be recovered, or the task is unknown.
+        DagerError: The batch is empty, nothing in it could be recovered, the task is unknown, or it is `masked`
+            and the tokenizer has no mask token.
     """
     if task not in TASKS:
         raise DagerError(f"task {quote(task)} is unknown: choose one of {', '.join(TASKS)}")
     if not texts:
         raise DagerError("the batch is empty: give the texts that the client trained on")
     sequences = encode(model.tokenizer, texts, max_length)
-    batch = [tuple(ids if task == "classification" else ids[:-1]) for ids in sequences]
-    special = _special_ids(model.tokenizer)
+    batch = _seen(sequences, model, task, seed)
+    special = frame_ids(model.tokenizer)
     counts = Counter(truth for truth in batch if not special.issuperset(truth))
     if not counts:
         raise DagerError(f"nothing to score: no text of the batch has a token to recover with task {task!r}")
@@ -132,10 +135,11 @@ def score(
     )
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that frame or pad a text. An unknown word is not among them: it is part of its text."""
-    names = ("bos", "eos", "cls", "sep", "pad")
-    return frozenset(getattr(tokenizer, f"{name}_token_id") for name in names) - {None}
+def _seen(sequences: list[list[int]], model: LanguageModel, task: str, seed: int) -> list[Ids]:
+    """The tokens of each text that entered the network and its gradient."""
+    if task == "masked":
+        sequences, _ = masked_inputs(model.tokenizer, sequences, seed)
+    return [tuple(ids[:-1] if task == "next_token" else ids) for ids in sequences]
 
 
 def _plain(ids: Ids, special: frozenset[int]) -> Ids:

@@ -4,13 +4,14 @@ Petrov et al., DAGER, NeurIPS 2024 (arXiv 2405.15586): Theorem 5.1 gives the spa
 filter tests the vocabulary position by position against the span of the first block, and a search from left
 to right tests whole prefixes against that of the second. Thresholds on distances are set by hand, and every
 vector is computed anew whenever it is needed. The book shows this file, the tests take it as their oracle,
-and `dager bench` measures against it.
+and `dager bench` measures against it. `textbook_encoder` builds the search of encoders on the same spans and filter.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from .attack import peak_memory_mb
 from .errors import DagerError
 from .models import LanguageModel, adapter_for
-from .models.base import QKV, DecoderAdapter, Tap
+from .models.base import QKV, Adapter, DecoderAdapter, Tap
 from .reconstruction import Reconstruction
 from .update import Update
 
@@ -90,7 +91,7 @@ def is_full(basis: Tensor) -> bool:
 
 @torch.no_grad()
 def textbook_token_filter(
-    adapter: DecoderAdapter, basis: Tensor, threshold: float = 1e-5, progress: Progress | None = None
+    adapter: Adapter, basis: Tensor, threshold: float = 1e-5, progress: Progress | None = None
 ) -> list[Tensor]:
     """Test every token of the vocabulary, at one position after the other.
 
@@ -101,14 +102,15 @@ def textbook_token_filter(
         progress: Called with "filter", the number of positions done and None.
 
     Returns:
-        int64 token ids for each position, up to the first position without any. The vectors of a rotary model
-        are the same at all positions: one test counts for all.
+        int64 token ids for each position, nearest first, up to the first position without any. The vectors of a
+        rotary model are the same at all positions: one test counts for all.
     """
     vocabulary = torch.arange(len(adapter.first_input.tokens), device=basis.device)
     candidates: list[Tensor] = []
     for position in range(adapter.max_positions):
-        vectors = adapter.attention_input(0, adapter.embed(vocabulary, position))
-        passing = vocabulary[span_distance(vectors, basis) < threshold]
+        distances = span_distance(first_block_inputs(adapter, vocabulary, position), basis)
+        nearest = distances.argsort()
+        passing = nearest[distances[nearest] < threshold]
         if not len(passing):
             break
         candidates.append(passing)
@@ -170,35 +172,58 @@ def prefix_distances(adapter: DecoderAdapter, basis: Tensor, prefixes: Sequence[
     return dict(zip(prefixes, distances, strict=True))
 
 
-class _Reached(Exception):
-    """The way out of a forward pass: carries the vectors that enter block 1's attention."""
+def first_block_inputs(adapter: Adapter, tokens: Tensor, position: int) -> Tensor:
+    """What enters the query, key and value maps of block 0, where nothing has been mixed yet.
+
+    Args:
+        adapter: The architecture.
+        tokens: int64 token ids, each put at the position by itself.
+        position: The position, from 0.
+
+    Returns:
+        float32, tokens x width.
+    """
+    return _run_to_block(adapter, 0, tokens[:, None], position)[:, 0]
 
 
-def second_block_inputs(adapter: DecoderAdapter, token_ids: Tensor) -> Tensor:
-    """Run the unmodified network up to the query, key and value maps of block 1, and no further.
+def second_block_inputs(adapter: Adapter, token_ids: Tensor) -> Tensor:
+    """What enters the query, key and value maps of block 1.
 
     Args:
         adapter: The architecture.
         token_ids: int64, batch x length, without pads.
 
     Returns:
-        float32, batch x length x width, the inputs of these maps.
+        float32, batch x length x width.
+    """
+    return _run_to_block(adapter, 1, token_ids)
+
+
+class _Reached(Exception):
+    """The way out of a forward pass: carries the vectors that enter a block's attention."""
+
+
+def _run_to_block(adapter: Adapter, block: int, token_ids: Tensor, start: int = 0) -> Tensor:
+    """Run the unmodified network up to the query, key and value maps of a block, and no further.
+
+    The texts (int64, batch x length) begin at the position `start`.
     """
 
     def stop(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         raise _Reached(inputs[0])
 
-    handle = adapter.linear_maps(1, QKV)[0].register_forward_pre_hook(stop)
+    positions = adapter.position_ids(torch.ones_like(token_ids[:1])) + start
+    handle = adapter.linear_maps(block, QKV)[0].register_forward_pre_hook(stop)
     try:
-        adapter.network(input_ids=token_ids, use_cache=False)
+        adapter.network(input_ids=token_ids, position_ids=positions, use_cache=False)
     except _Reached as reached:
         return reached.args[0]
     finally:
         handle.remove()
-    raise AssertionError("a forward pass went by block 1")
+    raise AssertionError(f"a forward pass went by block {block}")
 
 
-def is_rotary(adapter: DecoderAdapter) -> bool:
+def is_rotary(adapter: Adapter) -> bool:
     """Whether block 0's attention input is the same at all positions."""
     return adapter.first_input.positions is None
 
@@ -221,6 +246,67 @@ def longest_prefixes(prefixes: Iterable[Prefix]) -> list[Prefix]:
     prefixes = list(prefixes)
     beginnings = {prefix[:length] for prefix in prefixes for length in range(len(prefix))}
     return [prefix for prefix in prefixes if prefix not in beginnings]
+
+
+@dataclass(frozen=True)
+class TextbookSpans:
+    """What the gradients of blocks 0 and 1 tell: the spans of what enters their attention.
+
+    Attributes:
+        names: The names of the two taps.
+        bases: float32, width x rank, for each of them.
+        parameters_used: Number of gradient entries that were read.
+    """
+
+    names: tuple[str, str]
+    bases: tuple[Tensor, Tensor]
+    parameters_used: int
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of blocks 0 and 1."""
+        return [basis.shape[1] for basis in self.bases]
+
+    def verdict(self) -> tuple[str, str] | None:
+        """Status and diagnosis where no search can answer, else None."""
+        if 0 in self.ranks:
+            return "no_signal", f"block {self.ranks.index(0)}'s query, key and value gradients are missing or zero"
+        if any(is_full(basis) for basis in self.bases):
+            return "saturated", f"ranks {self.ranks[0]} and {self.ranks[1]} leave no vector outside a span"
+        return None
+
+
+def textbook_spans(
+    model: LanguageModel, adapter: Adapter, update: Update, rank_tolerance: float | None = None
+) -> TextbookSpans:
+    """The spans of blocks 0 and 1, from the stacked gradients of query, key and value.
+
+    Args:
+        model: The model both sides know.
+        adapter: Its architecture.
+        update: What the client sent.
+        rank_tolerance: See `textbook_span`.
+
+    Raises:
+        UpdateError: The update does not belong to the model.
+        DagerError: The model has one block only.
+    """
+    if adapter.num_blocks < 2:
+        raise DagerError(f"model {model.name!r} has one block: the textbook attack needs two, load more of it")
+    gradients = {name: tensor.to(model.device) for name, tensor in update.for_backbone(model.network).items()}
+    taps = [adapter.tap(block, QKV) for block in (0, 1)]
+    bases = [textbook_span(_gradient(tap, gradients, adapter.hidden_size), rank_tolerance) for tap in taps]
+    return TextbookSpans(
+        names=(taps[0].name, taps[1].name),
+        bases=(bases[0].to(model.device), bases[1].to(model.device)),
+        parameters_used=sum(gradients[name].numel() for tap in taps for name in tap.parameters if name in gradients),
+    )
+
+
+def _gradient(tap: Tap, gradients: Mapping[str, Tensor], width: int) -> Tensor:
+    """The stacked gradient of a tap, a row of zeros where nothing of it was shared."""
+    gradient = tap.gradient(gradients)
+    return torch.zeros(1, width) if gradient is None else gradient
 
 
 def textbook_attack(
@@ -256,62 +342,62 @@ def textbook_attack(
 
     Raises:
         UpdateError: The update does not belong to the model.
-        DagerError: The model is an encoder, has one block only, or its architecture has no adapter.
+        DagerError: The model is an encoder (see `textbook_encoder`), has one block only, or its architecture has
+            no adapter.
 
     See chapters 2 to 4.
     """
     times = [time.perf_counter()]
-    adapter = _adapter(model)
-    gradients = {name: tensor.to(model.device) for name, tensor in update.for_backbone(model.network).items()}
-    taps = [adapter.tap(block, QKV) for block in (0, 1)]
-    bases = [textbook_span(_gradient(tap, gradients, adapter.hidden_size), rank_tolerance) for tap in taps]
+    adapter = adapter_for(model.network)
+    if not isinstance(adapter, DecoderAdapter):
+        raise DagerError(f"model {model.name!r} is an encoder: textbook_encoder_attack searches its texts")
+    spans = textbook_spans(model, adapter, update, rank_tolerance)
     times.append(time.perf_counter())
-    ranks = [basis.shape[1] for basis in bases]
-    full = any(is_full(basis) for basis in bases)
-    candidates = [] if full else textbook_token_filter(adapter, bases[0], span_threshold_0, progress)
+    hopeless = spans.verdict()
+    candidates = [] if hopeless else textbook_token_filter(adapter, spans.bases[0], span_threshold_0, progress)
     times.append(time.perf_counter())
-    confirmed = textbook_decoder_search(adapter, bases[1], candidates, span_threshold_1, progress)
+    confirmed = textbook_decoder_search(adapter, spans.bases[1], candidates, span_threshold_1, progress)
     rows = [prefix for prefix in confirmed if not (is_rotary(adapter) and is_repeat(prefix))]
-    texts = longest_prefixes(rows)
+    scores = {text: confirmed[text] / span_threshold_1 for text in longest_prefixes(rows)}
     times.append(time.perf_counter())
-    status, diagnosis = _verdict(ranks, full, len(rows))
+    return textbook_reconstruction(model, spans, scores, hopeless or _verdict(spans.ranks[1], len(rows)), times)
+
+
+def _verdict(rank: int, rows: int) -> tuple[str, str]:
+    """Status and diagnosis, from the rank of block 1 and the number of confirmed prefixes."""
+    if rows == 0:
+        return "no_candidates", "no first token lies in both spans at these thresholds"
+    status = "exact" if rows == rank else "partial"
+    return status, f"{rows} prefixes confirmed, where the rank of block 1 tells {rank}"
+
+
+def textbook_reconstruction(
+    model: LanguageModel,
+    spans: TextbookSpans,
+    scores: Mapping[Prefix, float],
+    verdict: tuple[str, str],
+    times: Sequence[float],
+) -> Reconstruction:
+    """Put the answer together.
+
+    Args:
+        model: The model both sides know.
+        spans: The spans that the search used.
+        scores: The recovered sequences, each with its score.
+        verdict: Status and diagnosis.
+        times: Seconds of a clock, at the start and after each of the three stages.
+    """
+    status, diagnosis = verdict
     durations = [end - start for start, end in pairwise(times)]
     return Reconstruction(
-        sequences=tuple(texts),
-        texts=tuple(model.tokenizer.decode(text, skip_special_tokens=True) for text in texts),
-        scores=tuple(confirmed[text] / span_threshold_1 for text in texts),
+        sequences=tuple(scores),
+        texts=tuple(model.tokenizer.decode(text, skip_special_tokens=True) for text in scores),
+        scores=tuple(scores.values()),
         status=status,
         diagnosis=diagnosis,
         seconds=dict(zip(("subspace", "filter", "search"), durations, strict=True)) | {"total": sum(durations)},
-        ranks={tap.name: rank for tap, rank in zip(taps, ranks, strict=True)},
+        ranks=dict(zip(spans.names, spans.ranks, strict=True)),
         model=model.name,
-        n_parameters_used=sum(gradients[name].numel() for tap in taps for name in tap.parameters if name in gradients),
+        n_parameters_used=spans.parameters_used,
         peak_rss_mb=peak_memory_mb(),
     )
-
-
-def _adapter(model: LanguageModel) -> DecoderAdapter:
-    adapter = adapter_for(model.network)
-    if not isinstance(adapter, DecoderAdapter):
-        raise DagerError(f"model {model.name!r} is an encoder: the textbook attack needs a causal model")
-    if adapter.num_blocks < 2:
-        raise DagerError(f"model {model.name!r} has one block: the textbook attack needs two, load more of it")
-    return adapter
-
-
-def _gradient(tap: Tap, gradients: Mapping[str, Tensor], width: int) -> Tensor:
-    """The stacked gradient of a tap, a row of zeros where nothing of it was shared."""
-    gradient = tap.gradient(gradients)
-    return torch.zeros(1, width) if gradient is None else gradient
-
-
-def _verdict(ranks: list[int], full: bool, rows: int) -> tuple[str, str]:
-    """Status and diagnosis, from the ranks of blocks 0 and 1 and the number of confirmed prefixes."""
-    if 0 in ranks:
-        return "no_signal", f"block {ranks.index(0)}'s query, key and value gradients are missing or zero"
-    if full:
-        return "saturated", f"ranks {ranks[0]} and {ranks[1]} leave no vector outside a span"
-    if rows == 0:
-        return "no_candidates", "no first token lies in both spans at these thresholds"
-    status = "exact" if rows == ranks[1] else "partial"
-    return status, f"{rows} prefixes confirmed, where the rank of block 1 tells {ranks[1]}"

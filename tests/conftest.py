@@ -21,10 +21,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import (
     AutoModel,
     BertConfig,
+    DistilBertConfig,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    RobertaConfig,
 )
 
 from dager_tutorial.models.base import LanguageModel
@@ -73,18 +75,34 @@ def word_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
 
     Args:
         template: None for the way of GPT-2 (nothing added, no pad token), ``"bos"`` for Llama's (one token in
-            front, no pad token) or ``"cls"`` for BERT's (one in front, one behind, a pad token).
+            front, no pad token), ``"cls"`` for BERT's (one in front, one behind, a pad token), ``"mask"`` for
+            BERT's with a mask token, or ``"s"`` for RoBERTa's (likewise, the pad token's id is 1).
     """
     special = {
         None: {"unk_token": "<unk>", "eos_token": "<eos>"},
         "bos": {"unk_token": "<unk>", "eos_token": "<eos>", "bos_token": "<bos>"},
         "cls": {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"},
+        "mask": {
+            "unk_token": "[UNK]",
+            "pad_token": "[PAD]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "mask_token": "[MASK]",
+        },
+        "s": {
+            "bos_token": "<s>",
+            "pad_token": "<pad>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "mask_token": "<mask>",
+        },
     }[template]
     ids = {word: index for index, word in enumerate([*special.values(), *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special["unk_token"]))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    single = {None: None, "bos": "<bos> $A", "cls": "[CLS] $A [SEP]"}[template]
+    framed = {"cls": "[CLS] $A [SEP]", "mask": "[CLS] $A [SEP]", "s": "<s> $A </s>"}
+    single = ({None: None, "bos": "<bos> $A"} | framed)[template]
     if single:
         added = [(token, ids[token]) for token in special.values() if token in single]
         tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=added)
@@ -149,6 +167,33 @@ def tiny_bert() -> LanguageModel:
     sizes = {"intermediate_size": 160, "max_position_embeddings": 128}
     config = BertConfig(vocab_size=len(tokenizer), **sizes, **_SHAPE)
     return random_model("tiny-bert", config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_masked_bert() -> LanguageModel:
+    """The same architecture with a tokenizer that has a mask token."""
+    tokenizer = word_tokenizer("mask")
+    sizes = {"intermediate_size": 160, "max_position_embeddings": 128}
+    config = BertConfig(vocab_size=len(tokenizer), **sizes, **_SHAPE)
+    return random_model("tiny-masked-bert", config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_distilbert() -> LanguageModel:
+    """DistilBERT: no token types, no pooler, a mask token."""
+    tokenizer = word_tokenizer("mask")
+    sizes = {"hidden_dim": 160, "max_position_embeddings": 128}
+    config = DistilBertConfig(vocab_size=len(tokenizer), **sizes, **_SHAPE)
+    return random_model("tiny-distilbert", config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta() -> LanguageModel:
+    """RoBERTa: positions from 2 on, <s> and </s>, a mask token."""
+    tokenizer = word_tokenizer("s")
+    sizes = {"intermediate_size": 160, "max_position_embeddings": 130, "type_vocab_size": 1}
+    config = RobertaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes, **_SHAPE)
+    return random_model("tiny-roberta", config, tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ ROOT = Path(__file__).parent.parent / "dager_tutorial"
 # fmt: off
 ORDER = (
     "errors", "update", "reconstruction",
-    "models.base", "models.gpt2", "models.llama", "models.bert", "models",
+    "models.base", "models.gpt2", "models.llama", "models.bert", "models.distilbert", "models.roberta", "models",
     "models.cache", "models.checkpoint", "models.hub", "models.smollm2", "models.wheels", "models.pinned",
     "models.zoo",
     "client", "subspace", "unmixing", "rounding", "token_filter", "evidence",
     "decoder", "encoder", "saturated", "sentences", "attack",
-    "metrics", "textbook", "data", "benchmark",
+    "metrics", "textbook", "textbook_encoder", "data", "benchmark",
     "checks.common", "checks.gradients_leak", "checks.low_rank", "checks.token_filter", "checks.decoder_recovery",
     "checks.encoder_recovery", "checks.whole_attack", "checks.when_it_breaks", "checks",
     "plotting", "display", "widgets", "demo", "",
@@ -33,6 +33,7 @@ ATTACK_SIDE = (
     "sentences",
     "attack",
     "textbook",
+    "textbook_encoder",
 )
 SEES_A_BATCH = {
     "",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
+from conftest import word_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from dager_tutorial.client import client_update, encode
+from dager_tutorial.client import client_update, encode, frame_ids, masked_inputs
 from dager_tutorial.errors import DagerError
 from dager_tutorial.models.base import LanguageModel
 from dager_tutorial.update import Update
@@ -18,6 +22,8 @@ from dager_tutorial.update import Update
 TEXTS = ["the dog is good", "a cat", "we want more bread and milk today", "no"]
 LABELS = [0, 2, 1, 0]
 CAUSAL = ["tiny_gpt2", "tiny_llama", "tiny_llama_bos"]
+MASKED = ["tiny_masked_bert", "tiny_distilbert", "tiny_roberta"]
+ALL = [*CAUSAL, "tiny_bert", "tiny_distilbert", "tiny_roberta"]
 
 
 @pytest.fixture
@@ -50,6 +56,24 @@ def trained_norms(model: LanguageModel) -> LanguageModel:
     return replace(model, network=network)
 
 
+def load_backbone(client: nn.Module, model: LanguageModel) -> None:
+    """Copy the shared weights; some classes have no place for the pooler."""
+    left = client.base_model.load_state_dict(model.network.state_dict(), strict=False)
+    assert not left.missing_keys and all(name.startswith("pooler") for name in left.unexpected_keys)
+
+
+def seed_head(client: nn.Module, seed: int = 0) -> None:
+    """Give a head the weights that a seed stands for: tiny ones only towards the classes."""
+    generator = torch.Generator().manual_seed(seed)
+    backbone = {id(parameter) for parameter in client.base_model.parameters()}
+    for name, parameter in client.named_parameters():
+        if parameter.ndim == 2 and id(parameter) not in backbone:
+            std = 1e-3 if name.split(".")[-2] in ("score", "classifier", "out_proj") else 0.1
+            parameter.data = torch.randn(parameter.shape, generator=generator) * std
+        elif name.endswith("bias") and id(parameter) not in backbone:
+            parameter.data.zero_()
+
+
 def plain(model: LanguageModel, auto: type, **labels) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A client written as any user of transformers would, in float64, with its own weights and the same
     head."""
@@ -58,14 +82,9 @@ def plain(model: LanguageModel, auto: type, **labels) -> tuple[nn.Module, dict[s
     config = copy.deepcopy(model.network.config)
     config.pad_token_id, config.num_labels = tokenizer.pad_token_id, 3
     client = auto.from_config(config).eval()
-    getattr(client, client.base_model_prefix).load_state_dict(model.network.state_dict())
-    head = {"tiny-bert": "classifier"}.get(model.name, "score")
-    if hasattr(client, head):
-        generator = torch.Generator().manual_seed(0)
-        head = getattr(client, head)
-        head.weight.data = torch.randn(head.weight.shape, generator=generator) * 1e-3
-        if head.bias is not None:
-            head.bias.data.zero_()
+    load_backbone(client, model)
+    if auto is not AutoModelForCausalLM:
+        seed_head(client)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt", padding_side="right")
     if not labels:
         labels = {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
@@ -75,12 +94,30 @@ def plain(model: LanguageModel, auto: type, **labels) -> tuple[nn.Module, dict[s
     return client, {n: p.grad for n, p in client.named_parameters() if p.grad is not None}
 
 
-@every(*CAUSAL, "tiny_bert")
+@every(*ALL)
 def test_classification_equals_plain_transformers(model: LanguageModel) -> None:
     client, wanted = plain(model, AutoModelForSequenceClassification, labels=torch.tensor(LABELS))
     assert_same(client_update(model, TEXTS, LABELS, dtype="float64"), wanted, 1e-9)
     assert_same(client_update(model, TEXTS, LABELS), wanted, 1e-4)
     assert set(wanted) == {name for name, _ in client.named_parameters()}
+
+
+@every(*MASKED)
+def test_masked_equals_plain_transformers_text_by_text(model: LanguageModel) -> None:
+    """The oracle pads nothing: it adds up the cross-entropies of single texts over all targets of the batch."""
+    client = AutoModelForMaskedLM.from_config(model.network.config).eval()
+    load_backbone(client, model)
+    seed_head(client, 7)
+    client.double()
+    inputs, targets = masked_inputs(model.tokenizer, encode(model.tokenizer, TEXTS), 7)
+    rows = zip(map(torch.tensor, inputs), map(torch.tensor, targets), strict=True)
+    losses = [nn.functional.cross_entropy(client(ids[None]).logits[0], row, reduction="sum") for ids, row in rows]
+    (sum(losses) / sum(target >= 0 for row in targets for target in row)).backward()
+    wanted = {n: p.grad for n, p in client.named_parameters()}
+    for padding_side in ("right", "left"):
+        options = {"task": "masked", "seed": 7, "padding_side": padding_side}
+        assert_same(client_update(model, TEXTS, dtype="float64", **options), wanted, 1e-9)
+        assert_same(client_update(model, TEXTS, **options), wanted, 1e-4)
 
 
 @every(*CAUSAL)
@@ -91,13 +128,30 @@ def test_next_token_equals_plain_transformers(model: LanguageModel) -> None:
     assert_same(client_update(model, TEXTS, task="next_token"), wanted, 1e-4)
 
 
-def test_an_untied_language_head_is_made_and_shared(tiny_llama: LanguageModel) -> None:
-    network = copy.deepcopy(tiny_llama.network)
+@pytest.mark.parametrize(
+    ("model", "task", "decoder", "embedding"),
+    [
+        ("tiny_llama", "next_token", "lm_head", "model.embed_tokens"),
+        ("tiny_masked_bert", "masked", "cls.predictions.decoder", "bert.embeddings.word_embeddings"),
+        ("tiny_distilbert", "masked", "vocab_projector", "distilbert.embeddings.word_embeddings"),
+        ("tiny_roberta", "masked", "lm_head.decoder", "roberta.embeddings.word_embeddings"),
+    ],
+    indirect=["model"],
+)
+def test_a_language_head_is_tied_or_made_and_shared(
+    model: LanguageModel, task: str, decoder: str, embedding: str
+) -> None:
+    network = copy.deepcopy(model.network)
     network.config.tie_word_embeddings = False
-    untied = replace(tiny_llama, network=network)
-    update = client_update(untied, TEXTS, task="next_token")
-    assert update.gradients["lm_head.weight"].shape == update.gradients["model.embed_tokens.weight"].shape
-    assert len(update.for_backbone(network)) == len(update.gradients) - 1
+    tied, untied = (client_update(m, TEXTS, task=task) for m in (model, replace(model, network=network)))
+    assert f"{decoder}.weight" not in tied.gradients
+    assert (tied.gradients[f"{embedding}.weight"].norm(dim=1) > 0).all()  # as every token is a possible answer
+    assert untied.gradients[f"{decoder}.weight"].shape == untied.gradients[f"{embedding}.weight"].shape
+    assert not (untied.gradients[f"{embedding}.weight"].norm(dim=1) > 0).all()
+    # What is left of the backbone's parameters are poolers, which a language model does not have.
+    for update in (tied, untied):
+        missing = dict(network.named_parameters()).keys() - update.for_backbone(network)
+        assert all(name.startswith("pooler") for name in missing)
 
 
 @every(*CAUSAL)
@@ -110,7 +164,7 @@ def test_padding_side_changes_nothing(model: LanguageModel, task: str, loss: str
     assert_same(left, right.gradients, 1e-6 if task == "next_token" else 1e-10)
 
 
-@every(*CAUSAL, "tiny_bert")
+@every(*ALL)
 @pytest.mark.parametrize("loss", ["cross_entropy", "frobenius"])
 def test_a_batch_is_the_mean_of_its_texts_in_any_order(model: LanguageModel, loss: str) -> None:
     """Neither padding nor neighbours reach a text: no pad enters the gradient."""
@@ -140,7 +194,7 @@ def test_a_text_that_ends_in_the_pad_token_is_read_to_its_end(tiny_gpt2: Languag
     assert (position[6:] == 0).all()
 
 
-@every(*CAUSAL, "tiny_bert")
+@every(*ALL)
 def test_share_restricts_and_the_model_is_left_as_it_was(model: LanguageModel) -> None:
     weights = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     config = copy.deepcopy(model.network.config)
@@ -161,24 +215,30 @@ def test_share_restricts_and_the_model_is_left_as_it_was(model: LanguageModel) -
     [
         ("tiny_gpt2", ["attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias"]),
         ("tiny_llama", [f"self_attn.{name}_proj.weight" for name in "qkvo"]),
-        (
-            "tiny_bert",
-            [
-                f"attention.{name}.{leaf}"
-                for name in ("self.query", "self.key", "self.value", "output.dense")
-                for leaf in ("weight", "bias")
-            ],
+        *(
+            (model, [f"attention.{name}.{leaf}" for name in maps for leaf in ("weight", "bias")])
+            for model, maps in [
+                ("tiny_bert", ("self.query", "self.key", "self.value", "output.dense")),
+                ("tiny_roberta", ("self.query", "self.key", "self.value", "output.dense")),
+                ("tiny_distilbert", ("q_lin", "k_lin", "v_lin", "out_lin")),
+            ]
         ),
     ],
     indirect=["model"],
 )
 def test_share_attention_is_the_linear_maps_of_attention(model: LanguageModel, maps: list[str]) -> None:
     names = list(client_update(model, TEXTS, share="attention").gradients)
-    block = {"tiny-gpt2": "transformer.h", "tiny-llama": "model.layers", "tiny-bert": "bert.encoder.layer"}[model.name]
+    block = {
+        "tiny-gpt2": "transformer.h",
+        "tiny-llama": "model.layers",
+        "tiny-bert": "bert.encoder.layer",
+        "tiny-distilbert": "distilbert.transformer.layer",
+        "tiny-roberta": "roberta.encoder.layer",
+    }[model.name]
     assert names == [f"{block}.{index}.{name}" for index in range(3) for name in maps]
 
 
-@every(*CAUSAL, "tiny_bert")
+@every(*ALL)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1), ("float16", 0.02)])
 def test_dtypes(model: LanguageModel, dtype: str, tolerance: float) -> None:
     wanted = client_update(model, TEXTS, dtype="float64").gradients
@@ -202,14 +262,21 @@ def test_rotary_frequencies_keep_float32(tiny_llama: LanguageModel, monkeypatch:
     assert seen
 
 
-def test_the_backbone_is_not_copied(tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [("tiny_gpt2", "classification"), *((name, "masked") for name in MASKED)],
+    indirect=["model"],
+)
+def test_the_backbone_is_not_copied(model: LanguageModel, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = []
-    monkeypatch.setattr(type(tiny_gpt2.network), "__deepcopy__", lambda *_: copied.append(1), raising=False)
+    monkeypatch.setattr(type(model.network), "__deepcopy__", lambda *_: copied.append(1), raising=False)
     seen = []
-    handle = tiny_gpt2.network.register_forward_hook(lambda module, *_: seen.append(module))
-    client_update(tiny_gpt2, TEXTS)
+    handle = model.network.register_forward_hook(lambda module, *_: seen.append(module))
+    weights = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    client_update(model, TEXTS, task=task)
     handle.remove()
-    assert seen == [tiny_gpt2.network]
+    assert seen == [model.network]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.network.state_dict().items())
     assert not copied
 
 
@@ -250,6 +317,71 @@ def test_encode_is_what_the_client_trains_on(tiny_llama_bos: LanguageModel, tiny
     assert encode(tiny_bert.tokenizer, []) == []
 
 
+@every(*MASKED)
+def test_masked_inputs_are_what_the_network_sees(model: LanguageModel) -> None:
+    inputs, _ = masked_inputs(model.tokenizer, encode(model.tokenizer, TEXTS, max_length=6), 3)
+    for loss in ("cross_entropy", "frobenius"):
+        args, options = call_of(model, task="masked", seed=3, max_length=6, loss=loss)
+        ids, mask = args[0] if args else options["input_ids"], options["attention_mask"]
+        assert [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)] == inputs
+    assert inputs != encode(model.tokenizer, TEXTS, max_length=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(6, 200), min_size=1, max_size=40), min_size=1, max_size=5), st.integers(0, 9))
+def test_masked_inputs_ask_for_a_share_of_every_text_and_leave_the_rest(words: list[list[int]], seed: int) -> None:
+    tokenizer = word_tokenizer("mask")
+    frame = sorted(frame_ids(tokenizer))
+    assert tokenizer.mask_token_id not in frame and tokenizer.unk_token_id not in frame
+    texts = [[tokenizer.cls_token_id, *ids, tokenizer.sep_token_id] for ids in words]
+    inputs, targets = masked_inputs(tokenizer, texts, seed)
+    for text, seen, asked in zip(texts, inputs, targets, strict=True):
+        assert len(text) == len(seen) == len(asked)
+        places = [place for place, target in enumerate(asked) if target != -100]
+        assert len(places) == max(1, round(0.15 * (len(text) - 2)))
+        assert all(asked[place] == text[place] and text[place] not in frame for place in places)
+        assert all(seen[place] == text[place] for place in set(range(len(text))) - set(places))
+        assert all(0 <= token < len(tokenizer) for token in seen)
+    assert masked_inputs(tokenizer, texts, seed) == (inputs, targets)
+    turned = masked_inputs(tokenizer, texts[::-1], seed)
+    assert sorted(zip(*turned, strict=True)) == sorted(zip(inputs, targets, strict=True))
+
+
+def test_masks_are_drawn_as_bert_draws_them(tiny_distilbert: LanguageModel) -> None:
+    """Of 15000 targets 80 % are masked, 10 % random (one in 700 of them the token itself) and 10 % kept."""
+    tokenizer = tiny_distilbert.tokenizer
+    texts = [[tokenizer.cls_token_id, *range(10, 510), tokenizer.sep_token_id]] * 200
+    inputs, targets = masked_inputs(tokenizer, texts, 0)
+    assert len({tuple(row) for row in inputs}) == 200  # equal texts are corrupted one by one
+    pairs = zip(chain(*inputs), chain(*targets), strict=True)
+    drawn = [(seen, asked) for seen, asked in pairs if asked != -100]
+    assert len(drawn) == 15000
+    masked = sum(seen == tokenizer.mask_token_id for seen, _ in drawn) / len(drawn)
+    kept = sum(seen == asked for seen, asked in drawn) / len(drawn)
+    others = {seen for seen, asked in drawn if seen not in (asked, tokenizer.mask_token_id)}
+    assert abs(masked - 0.8) < 0.015 and abs(kept - 0.1) < 0.012
+    assert not others & set(tokenizer.all_special_ids) and len(others) > 0.8 * len(tokenizer)
+    places = [asked for _, asked in drawn]
+    assert min(map(places.count, range(10, 510))) > 10 and max(map(places.count, range(10, 510))) < 60
+    assert masked_inputs(tokenizer, texts, 1) != (inputs, targets)
+
+
+def test_a_text_of_special_tokens_has_no_target(tiny_distilbert: LanguageModel) -> None:
+    texts = ["[SEP] [CLS]", "the dog is good"]
+    update = client_update(tiny_distilbert, texts, task="masked", dtype="float64")
+    alone = client_update(tiny_distilbert, texts[1:], task="masked", dtype="float64")
+    assert_same(update, alone.gradients, 1e-9)
+    with pytest.raises(DagerError, match="every text has special tokens only"):
+        client_update(tiny_distilbert, texts[:1], task="masked")
+
+
+def test_a_mask_token_that_the_model_has_not_is_named(tiny_bert: LanguageModel) -> None:
+    tokenizer = copy.deepcopy(tiny_bert.tokenizer)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    with pytest.raises(DagerError, match="tokenizer and model do not belong together"):
+        client_update(replace(tiny_bert, tokenizer=tokenizer), TEXTS, task="masked")
+
+
 @pytest.mark.parametrize(
     ("model", "texts", "options", "message"),
     [
@@ -272,7 +404,7 @@ def test_encode_is_what_the_client_trains_on(tiny_llama_bos: LanguageModel, tiny
             "tiny_gpt2",
             TEXTS,
             {"task": "regression"},
-            "task is 'regression': choose one of classification, next_token",
+            "task is 'regression': choose one of classification, next_token, masked",
         ),
         ("tiny_gpt2", TEXTS, {"loss": "hinge"}, "loss is 'hinge': choose one of cross_entropy, frobenius"),
         ("tiny_gpt2", TEXTS, {"dtype": "int8"}, "dtype is 'int8': choose one of float32"),
@@ -290,7 +422,11 @@ def test_encode_is_what_the_client_trains_on(tiny_llama_bos: LanguageModel, tiny
         ("tiny_bert", TEXTS, {"max_length": 2}, "must exceed the 2 special tokens"),
         ("tiny_gpt2", ["dog", "cat"], {"task": "next_token"}, "at least two tokens"),
         ("tiny_bert", TEXTS, {"task": "next_token"}, "needs a causal model and bert is not"),
+        ("tiny_roberta", TEXTS, {"task": "next_token"}, "roberta is not: use task 'masked'"),
         ("tiny_bert", TEXTS, {"padding_side": "left"}, "needs a causal model"),
+        ("tiny_gpt2", TEXTS, {"task": "masked"}, "needs a bidirectional model and gpt2 is causal: use task 'next_"),
+        ("tiny_bert", TEXTS, {"task": "masked"}, "needs a mask token and the tokenizer has none"),
+        ("tiny_roberta", ["cat", "dog " * 127], {}, "text 1 has 129 tokens and the model 128 positions"),
     ],
     indirect=["model"],
 )

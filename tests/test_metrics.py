@@ -11,12 +11,13 @@ from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
+from dager_tutorial.client import encode, masked_inputs
 from dager_tutorial.errors import DagerError
 from dager_tutorial.metrics import score
 from dager_tutorial.models.base import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
 
-WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdef")
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdef", "[MASK]")
 VOCABULARY = {word: index for index, word in enumerate(WORDS)}
 NUMBERS = ("rouge1", "rouge2", "rougeL", "exact", "token_accuracy")
 
@@ -29,7 +30,7 @@ def word_model(*, framed: bool) -> LanguageModel:
     if framed:
         ends = [("[CLS]", VOCABULARY["[CLS]"]), ("[SEP]", VOCABULARY["[SEP]"])]
         tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "$A $B", ends)
-        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     size = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1}
     config = GPT2Config(vocab_size=len(WORDS), bos_token_id=None, eos_token_id=None, **size)
     return LanguageModel("words", GPT2Model(config), PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names))
@@ -159,6 +160,34 @@ def test_special_tokens_earn_nothing_but_an_unknown_word_is_content():
     assert score(found("[CLS] [UNK] [SEP]"), ["zebra"], FRAMED).exact == 1
 
 
+def masked(batch: list[str], seed: int) -> list[str]:
+    """The texts as the client's network sees them, written as words."""
+    inputs, _ = masked_inputs(FRAMED.tokenizer, encode(FRAMED.tokenizer, batch), seed)
+    return [" ".join(WORDS[token] for token in ids) for ids in inputs]
+
+
+@settings(max_examples=75, deadline=None)
+@given(batches, reconstructions, st.integers(0, 50))
+def test_masked_scores_against_the_corrupted_texts(batch, recovered, seed):
+    """The score is that of the corrupted batch as if nothing were masked, whatever was recovered, in any order."""
+    corrupted = masked(batch, seed)
+    found_some = found(*(f"[CLS] {text} [SEP]" for text in recovered), *corrupted[:2])
+    result = score(found_some, batch, FRAMED, task="masked", seed=seed)
+    plain = [text.removeprefix("[CLS] ").removesuffix(" [SEP]") for text in corrupted]
+    assert result.to_json() == score(found_some, plain, FRAMED).to_json()
+    assert [text for text, _ in result.pairs] == batch
+    assert score(found_some, batch[::-1], FRAMED, task="masked", seed=seed).to_json() == result.to_json()
+    everything = score(found(*corrupted), batch, FRAMED, task="masked", seed=seed)
+    assert all(getattr(everything, name) == 1 for name in NUMBERS)
+
+
+def test_a_mask_is_content_and_the_seed_says_where_it_is():
+    batch = ["a b c d e f a b c d"]
+    before = score(found("[CLS] a b c d e f a b c d [SEP]"), batch, FRAMED, task="masked")
+    assert before.exact == 0 and 0.8 <= before.token_accuracy < 1  # two targets of ten, not both of them kept
+    assert [score(found(*masked(batch, 0)), batch, FRAMED, task="masked", seed=seed).exact for seed in (0, 1)] == [1, 0]
+
+
 def test_truncated_as_the_client_truncates():
     result = score(found("a b"), ["a b c d"], PLAIN, max_length=2)
     assert (result.exact, result.n_tokens, result.hidden_size, result.pairs) == (
@@ -176,6 +205,7 @@ def test_truncated_as_the_client_truncates():
         ([], "classification", "batch is empty"),
         (["a"], "regression", "regression"),
         (["a"], "next_token", "nothing"),
+        (["a"], "masked", "tokenizer has none"),
     ],
 )
 def test_errors(batch, task, line):

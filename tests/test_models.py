@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import random_model, word_tokenizer
 from torch import Tensor
 from transformers import (
+    CamembertConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -16,14 +20,16 @@ from transformers import (
     SmolLM3Config,
     T5Config,
     T5EncoderModel,
+    XLMRobertaConfig,
 )
 
-from dager_tutorial.client import client_update
+from dager_tutorial.client import client_update, encode, masked_inputs
 from dager_tutorial.errors import ModelError
+from dager_tutorial.evidence import evidence_of
 from dager_tutorial.models import adapter_for
-from dager_tutorial.models.base import KINDS, QKV, QUERY, DecoderAdapter, LanguageModel
+from dager_tutorial.models.base import KINDS, QKV, QUERY, DecoderAdapter, EncoderAdapter, LanguageModel
 from dager_tutorial.rounding import attend
-from dager_tutorial.token_filter import first_vectors
+from dager_tutorial.token_filter import filter_tokens, first_vectors
 
 CONFIGS: dict[str, tuple[type[PretrainedConfig], dict]] = {
     "llama": (LlamaConfig, {}),
@@ -33,7 +39,9 @@ CONFIGS: dict[str, tuple[type[PretrainedConfig], dict]] = {
     "smollm3-nope": (SmolLM3Config, {"no_rope_layers": [0, 1, 1]}),
 }
 DECODERS = ["tiny_gpt2", "tiny_llama", "mistral", "qwen2", "smollm3", "smollm3-nope"]
-ALL = [*DECODERS, "tiny_bert"]
+ENCODERS = ["tiny_bert", "tiny_distilbert", "tiny_roberta"]
+ROBERTAS = {"xlm-roberta": XLMRobertaConfig, "camembert": CamembertConfig}
+ALL = [*DECODERS, *ENCODERS, *ROBERTAS]
 
 
 def shake(model: LanguageModel) -> LanguageModel:
@@ -66,9 +74,22 @@ def family(kind: str, hidden: int = 64, seed_shape: int = 3) -> LanguageModel:
     return shake(random_model(f"tiny-{kind}", made, tokenizer))
 
 
+@functools.cache
+def roberta(kind: str) -> LanguageModel:
+    """A random model with RoBERTa's structure and another name, its pad token not where RoBERTa has it."""
+    tokenizer = word_tokenizer("cls")
+    shape = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 160}
+    config = ROBERTAS[kind](
+        vocab_size=len(tokenizer), pad_token_id=5, max_position_embeddings=70, initializer_range=0.1, **shape
+    )
+    return shake(random_model(f"tiny-{kind}", config, tokenizer))
+
+
 @pytest.fixture
 def model(request: pytest.FixtureRequest) -> LanguageModel:
-    return request.getfixturevalue(request.param) if request.param.startswith("tiny_") else family(request.param)
+    if request.param.startswith("tiny_"):
+        return request.getfixturevalue(request.param)
+    return roberta(request.param) if request.param in ROBERTAS else family(request.param)
 
 
 def every(names: list[str]) -> pytest.MarkDecorator:
@@ -77,7 +98,7 @@ def every(names: list[str]) -> pytest.MarkDecorator:
 
 def batch(model: LanguageModel, length: int = 9) -> tuple[Tensor, Tensor]:
     """Three texts of full, middling and least length, padded on the right."""
-    ids = torch.randint(5, model.network.config.vocab_size, (3, length), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(6, model.network.config.vocab_size, (3, length), generator=torch.Generator().manual_seed(5))
     return ids, (torch.arange(length) < torch.tensor([[length], [length // 2], [1]])).long()
 
 
@@ -141,6 +162,26 @@ def test_step_by_step_primitives_equal_the_forward_pass(model: LanguageModel) ->
     torch.testing.assert_close(torch.stack(hidden, 1), last, atol=5e-5, rtol=1e-5)
 
 
+@every([*ENCODERS, *ROBERTAS])
+def test_pieces_of_an_encoder_equal_the_forward_pass(model: LanguageModel) -> None:
+    model = shake(replace(model, network=copy.deepcopy(model.network)))
+    adapter, (ids, _) = adapter_for(model.network), batch(model)
+    assert isinstance(adapter, EncoderAdapter)
+    wanted = adapter.tap_inputs(ids, torch.ones_like(ids), adapter.taps())
+    vectors = first_vectors(adapter.first_input, ids, torch.arange(ids.shape[1]).expand_as(ids))
+    for block in range(adapter.num_blocks):
+        query, key, value = adapter.project(block, vectors)
+        assert query.shape == (*ids.shape, adapter.num_heads, adapter.head_width)
+        weights = torch.einsum("bihw,bjhw->bhij", query, key * adapter.scaling(block)).softmax(-1)
+        attended = torch.einsum("bhij,bjhw->bihw", weights, value).flatten(-2)
+        inner = adapter.after_attention(block, vectors, attended)
+        for kind, found in zip(KINDS, (vectors, attended, inner), strict=True):
+            torch.testing.assert_close(found, wanted[adapter.tap(block, kind)], atol=2e-5, rtol=1e-5)
+        vectors = adapter.after_mlp(block, inner)
+    last = model.network(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    torch.testing.assert_close(vectors, last, atol=5e-5, rtol=1e-5)
+
+
 def test_the_sliding_window_of_the_test_model_matters() -> None:
     """Guards the test above: with 9 tokens and a window of 4 the two attentions differ."""
     model, (ids, _) = family("mistral"), batch(family("mistral"))
@@ -183,6 +224,32 @@ def test_gradients_are_combinations_of_the_taps_inputs(model: LanguageModel) -> 
         if (tap.block, tap.kind) == (0, QKV):
             basis = torch.linalg.svd(gradient).Vh[: len(rows)]
             assert (rows - rows @ basis.T @ basis).norm() < 1e-5 * rows.norm()
+
+
+@every(["tiny_masked_bert", "tiny_distilbert", "tiny_roberta"])
+@pytest.mark.parametrize("task", ["classification", "masked"])
+def test_what_an_encoder_saw_is_in_the_span_and_passes_the_filter(
+    model: LanguageModel, task: str, random_texts: Callable[..., list[str]]
+) -> None:
+    """Whatever the task trains on: under `masked` the corrupted tokens, and where the mask is not the others."""
+    adapter, source = adapter_for(model.network), adapter_for(model.network).first_input
+    for size, seed in [(1, 3), (2, 4), (3, 5)]:
+        texts = random_texts(size, seed)
+        ids = encode(model.tokenizer, texts)
+        if task == "masked":
+            ids, _ = masked_inputs(model.tokenizer, ids, seed)
+        true = sorted({(place, token) for tokens in ids for place, token in enumerate(tokens)})
+        span = evidence_of(model, client_update(model, texts, task=task, seed=seed)).span(0, QKV)
+        assert span is not None and not span.saturated
+        for row in ids:
+            taps = adapter.tap_inputs(
+                torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long), [adapter.tap(0, QKV)]
+            )
+            assert (span.ratio(taps[adapter.tap(0, QKV)][0]) <= span.bound).all()
+        found = filter_tokens(source, span)
+        passed = {(place, int(token)) for place in range(len(found.tokens)) for token in found.at(place)}
+        assert set(true) <= passed
+        assert len(passed) < 0.05 * len(source.tokens) * len(found.tokens)
 
 
 def test_the_query_tap_is_the_query_part_of_a_fused_map(tiny_gpt2: LanguageModel) -> None:

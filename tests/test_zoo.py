@@ -176,7 +176,23 @@ def test_records_tell_the_truth(smollm2, cache, tmp_path):
     assert records["random:gpt2"].parameters == 124_439_808
     assert records["random:gpt2-large"].parameters == 774_030_080
     assert records["random:bert-base-uncased"].parameters == 109_482_240
+    assert records["random:distilbert-base-uncased"].parameters == 66_362_880
+    assert records["random:roberta-base"].parameters == 124_645_632
     assert not any(record.cached for record in available_models(tmp_path))
+
+
+def test_random_roberta_frames_texts_as_roberta_does(smollm2, cache, tmp_path):
+    model = load_model("random:roberta-base", blocks=1, cache=cache)
+    tokenizer, config = model.tokenizer, model.network.config
+    ids = tokenizer(SENTENCE)["input_ids"]
+    assert ids == [config.bos_token_id, *smollm2.tokenizer(SENTENCE)["input_ids"], config.eos_token_id]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == SENTENCE
+    assert tokenizer.pad_token_id == config.pad_token_id and tokenizer.num_special_tokens_to_add() == 2
+    assert len(smollm2.tokenizer) <= tokenizer.mask_token_id < config.vocab_size
+    export_model("random:roberta-base", tmp_path / "made", blocks=1, cache=cache)
+    again = load_model(str(tmp_path / "made")).tokenizer
+    assert again(SENTENCE)["input_ids"] == ids and again.mask_token_id == tokenizer.mask_token_id
+    assert len(load_model("smollm2-135m", blocks=1, cache=cache).tokenizer) == len(smollm2.tokenizer)
 
 
 # ---- the cache heals

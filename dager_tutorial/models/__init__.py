@@ -7,8 +7,10 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from .base import Adapter, LanguageModel
 from .bert import BertAdapter
+from .distilbert import DistilBertAdapter
 from .gpt2 import GPT2Adapter
 from .llama import LlamaAdapter
+from .roberta import RobertaAdapter
 
 FAMILIES: dict[str, type[Adapter]] = {
     "gpt2": GPT2Adapter,
@@ -17,6 +19,10 @@ FAMILIES: dict[str, type[Adapter]] = {
     "qwen2": LlamaAdapter,
     "smollm3": LlamaAdapter,
     "bert": BertAdapter,
+    "distilbert": DistilBertAdapter,
+    "roberta": RobertaAdapter,
+    "xlm-roberta": RobertaAdapter,
+    "camembert": RobertaAdapter,
 }
 
 

@@ -158,7 +158,7 @@ class Adapter(ABC):
         return [self.tap(block, kind) for block in range(self.num_blocks) for kind in KINDS]
 
     def position_ids(self, attention_mask: Tensor) -> Tensor:
-        """Positions (batch x length, int64) of the tokens of a mask, counted from 0 at each text's first token."""
+        """The `position_ids` of a mask's tokens (batch x length, int64), counted from 0 at each text's first token."""
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
     @torch.no_grad()
@@ -231,6 +231,40 @@ class DecoderAdapter(Adapter):
     @abstractmethod
     def after_mlp(self, block: int, hidden: Tensor, vectors: Tensor) -> Tensor:
         """Hidden states (rows x width) after the MLP of `vectors` and the residual."""
+
+
+class EncoderAdapter(Adapter):
+    """A bidirectional model with post-norm blocks, run piece by piece.
+
+    A block's input is what enters its query, key and value maps; block 0's is `first_input`. All vectors are in
+    the network's dtype; `...` stands for any leading dimensions.
+    """
+
+    causal = False
+    num_heads: int
+    head_width: int
+
+    @abstractmethod
+    def project(self, block: int, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value (... x heads x head width) of a block's inputs (... x width)."""
+
+    @abstractmethod
+    def scaling(self, block: int) -> float:
+        """The factor on query-key products."""
+
+    @abstractmethod
+    def after_attention(self, block: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        """What enters the MLP (... x width).
+
+        Args:
+            block: Index of the block, from 0.
+            hidden: ... x width, the block's inputs.
+            attended: ... x (heads * head width), what enters the attention's output map.
+        """
+
+    @abstractmethod
+    def after_mlp(self, block: int, vectors: Tensor) -> Tensor:
+        """The next block's inputs (... x width), of the vectors that enter the MLP (... x width)."""
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,20 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .base import ATTENTION_OUTPUT, MLP, QKV, QUERY, Adapter, FirstInput
+from .base import ATTENTION_OUTPUT, MLP, QKV, QUERY, EncoderAdapter, FirstInput
 
 
-class BertAdapter(Adapter):
-    """Adapter of `model_type` bert: its taps and its embeddings."""
+class BertAdapter(EncoderAdapter):
+    """Adapter of `model_type` bert."""
 
-    causal = False
+    def __init__(self, network: PreTrainedModel) -> None:
+        super().__init__(network)
+        attention = self.blocks[0].attention.self
+        self.num_heads = int(attention.num_attention_heads)
+        self.head_width = int(attention.attention_head_size)
 
     @property
     def blocks(self) -> Any:
@@ -44,3 +49,25 @@ class BertAdapter(Adapter):
             ATTENTION_OUTPUT: (part.attention.output.dense,),
             MLP: (part.intermediate.dense,),
         }[kind]
+
+    def project(self, block: int, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value (... x heads x head width) of a block's inputs (... x width)."""
+        attention = self.blocks[block].attention.self
+        query, key, value = (
+            linear(vectors).unflatten(-1, (self.num_heads, self.head_width))
+            for linear in (attention.query, attention.key, attention.value)
+        )
+        return query, key, value
+
+    def scaling(self, block: int) -> float:
+        """The factor on query-key products."""
+        return float(self.blocks[block].attention.self.scaling)
+
+    def after_attention(self, block: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        """What enters the MLP (... x width): output map, residual and layer norm."""
+        return self.blocks[block].attention.output(attended, hidden)
+
+    def after_mlp(self, block: int, vectors: Tensor) -> Tensor:
+        """The next block's inputs (... x width): MLP, residual and layer norm."""
+        part = self.blocks[block]
+        return part.output(part.intermediate(vectors), vectors)

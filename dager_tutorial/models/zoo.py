@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModel,
     BertConfig,
+    DistilBertConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    RobertaConfig,
 )
 
 from dager_tutorial.errors import ModelError
@@ -70,6 +73,10 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt2": GPT2Config,
     "gpt2-large": functools.partial(GPT2Config, n_embd=1280, n_layer=36, n_head=20),
     "bert-base-uncased": BertConfig,
+    "distilbert-base-uncased": DistilBertConfig,
+    "roberta-base": functools.partial(
+        RobertaConfig, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
+    ),
     "llama-2-7b": functools.partial(LlamaConfig, max_position_embeddings=4096, rms_norm_eps=1e-5),
 }
 
@@ -77,6 +84,8 @@ _HUB_NAMES = {
     "gpt2": "openai-community/gpt2",
     "gpt2-large": "openai-community/gpt2-large",
     "bert-base-uncased": "google-bert/bert-base-uncased",
+    "distilbert-base-uncased": "distilbert/distilbert-base-uncased",
+    "roberta-base": "FacebookAI/roberta-base",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
 }
 
@@ -96,8 +105,9 @@ def load_model(
 
     Args:
         name: A zoo name (`smollm2-135m`, `minilm-l6`); `random:<config>` with a built-in configuration
-            (`gpt2`, `gpt2-large`, `bert-base-uncased`, `llama-2-7b`), a folder with `config.json` or a
-            Hugging Face id; a local checkpoint folder; or a Hugging Face id (a network the first time).
+            (`gpt2`, `gpt2-large`, `bert-base-uncased`, `distilbert-base-uncased`, `roberta-base`, `llama-2-7b`), a
+            folder with `config.json` or a Hugging Face id; a local checkpoint folder; or a Hugging Face id (a
+            network the first time).
         device: `cpu`, `cuda`, `cuda:0` or `mps`.
         seed: Seed of random weights. The caller's random state is left alone.
         blocks: Keep the first so many transformer blocks; None keeps all. No memory is spent on the rest.
@@ -105,7 +115,8 @@ def load_model(
 
     Returns:
         The backbone in float32 and eval mode, its parameters requiring no gradient, and its tokenizer. A
-        random model without a tokenizer of its own has that of a zoo model that fits its vocabulary.
+        random model without a tokenizer of its own has that of a zoo model that fits its vocabulary; for RoBERTa
+        it frames every text as RoBERTa's own does.
 
     Raises:
         ModelError: Unknown name, unreadable files, no network, `blocks` out of range or an absent device.
@@ -221,9 +232,12 @@ def _load_random(
     else:
         folder = _config_folder(name)
         config = checkpoint.read_config(folder, blocks)
-    if folder is None or not checkpoint.has_tokenizer(folder):
+    borrowed = folder is None or not checkpoint.has_tokenizer(folder)
+    if folder is None or borrowed:
         folder = pinned_tokenizer(_fitting_tokenizer(config), cache)
     tokenizer = checkpoint.read_tokenizer(folder)
+    if borrowed and config.model_type == "roberta":
+        _frame_as_roberta(tokenizer)
     _check_vocabulary(tokenizer, config, folder)
     return checkpoint.random_backbone(config, seed), tokenizer
 
@@ -235,6 +249,19 @@ def _fitting_tokenizer(config: PreTrainedConfig) -> str:
     raise ModelError(
         f"no offline tokenizer fits a vocabulary of {config.vocab_size} tokens (30522 is the smallest): "
         "put a tokenizer beside config.json with tokenizer.save_pretrained(folder)"
+    )
+
+
+def _frame_as_roberta(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer without a frame put each text between two tokens, and give it a mask token.
+
+    SmolLM2's first three tokens stand for RoBERTa's first three: <s>, <pad> and </s>.
+    """
+    first, pad, last = tokenizer.convert_ids_to_tokens([0, 1, 2])
+    names = {"bos_token": first, "cls_token": first, "pad_token": pad, "eos_token": last, "sep_token": last}
+    tokenizer.add_special_tokens(names | {"mask_token": "<mask>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A {last}", pair=f"{first} $A {last} {last} $B {last}", special_tokens=[(first, 0), (last, 2)]
     )
 
 
