@@ -10,6 +10,8 @@ MODEL ?= random:gpt2
 BATCH ?= 4
 DATA  ?= reviews
 SEED  ?= 0
+# Guessed from the model's name; for an encoder that is called otherwise: `make bench MODEL=... KIND=encoder`.
+KIND  ?= $(if $(findstring bert,$(MODEL))$(findstring minilm,$(MODEL)),encoder,decoder)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test book slides pages serve refresh lab bench lint format clean
@@ -52,9 +54,13 @@ lab: setup ## Open the book's notebooks in JupyterLab.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
 	$(BIN)/jupyter lab book/intro.ipynb
 
-bench: setup ## Time the attack: against the textbook version, and as batches grow (MODEL, BATCH, DATA, SEED).
+bench: setup ## Measure the attack, beside the textbook version, and as batches grow (MODEL, BATCH, DATA, SEED).
+ifeq ($(KIND),encoder)
+	$(BIN)/dager bench encoder --model $(MODEL) --batch-size $(BATCH) --data $(DATA) --seed $(SEED) --batches 1 --cap 2000
+else
 	$(BIN)/dager bench decoder --model $(MODEL) --batch-size $(BATCH) --data $(DATA) --seed $(SEED)
 	$(BIN)/dager bench scaling --model $(MODEL) --data $(DATA) --seed $(SEED)
+endif
 
 lint: setup ## Check style, formatting and types.
 	$(BIN)/ruff check .

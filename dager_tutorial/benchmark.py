@@ -1,4 +1,4 @@
-"""How long the attack takes, beside the textbook version and as batches grow.
+"""How well the attack does and how long it takes, beside the textbook version and as batches grow.
 
 The benchmark plays both parties: it knows the batch, computes the client's update, hands nothing but this
 update to the attacks, and compares what they found with the truth through `metrics`.
@@ -15,12 +15,15 @@ import torch
 
 from .attack import attack
 from .client import client_update, encode
-from .metrics import score
-from .models import LanguageModel
+from .errors import DagerError
+from .metrics import score, seen_tokens
+from .models import LanguageModel, adapter_for
 from .reconstruction import Reconstruction
 from .textbook import textbook_attack
 
 Progress = Callable[[str, int, int | None], None]
+Batch = tuple[str, int, Sequence[str], Sequence[int] | None]
+"""A batch of a series: the name of its texts, the seed that drew it, its texts and labels."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,19 @@ def bench_decoder(
     Raises:
         DagerError: The batch cannot be used, or the model is no causal one.
     """
-    _warm_up(model.device)
+    if not adapter_for(model.network).causal:
+        raise DagerError(f"model {model.name!r} is an encoder: use dager bench encoder")
+    warm_up(model.device)
     start = time.perf_counter()
     update = client_update(model, texts, labels)
     client_seconds = time.perf_counter() - start
     start = time.perf_counter()
-    fast = attack(model, update, progress=_labelled(progress, "attack"))
+    fast = attack(model, update, progress=labelled(progress, "attack"))
     fast_seconds = time.perf_counter() - start
     slow, textbook_seconds = None, None
     if textbook:
         start = time.perf_counter()
-        slow = textbook_attack(model, update, progress=_labelled(progress, "textbook"))
+        slow = textbook_attack(model, update, progress=labelled(progress, "textbook"))
         textbook_seconds = time.perf_counter() - start
     sequences = encode(model.tokenizer, texts)
     return DecoderBenchmark(
@@ -138,24 +143,27 @@ def bench_scaling(
         model: A causal model.
         batches: Texts and labels of each batch.
         progress: See `bench_decoder`.
+
+    Raises:
+        DagerError: See `bench_decoder`.
     """
     return [bench_decoder(model, *batch, textbook=False, progress=progress) for batch in batches]
 
 
 @dataclass(frozen=True)
 class AccuracyRun:
-    """What the attack made of one batch of a series.
+    """What an attack made of one batch of a series.
 
     Attributes:
         data: Name or file of the texts.
         batch_size: Number of texts.
         seed: Seed that drew them.
         n_tokens: Number of tokens that the client trained on.
-        distinct_prefixes: Rows to find.
+        rows: Different rows to find: beginnings of texts for a causal model, tokens of different texts for an encoder.
         exact: Fraction of the texts recovered exactly.
         false: Number of recovered sequences that are no text of the batch.
         rouge1: ROUGE-1 of the assigned pairs, 0 to 1.
-        rouge2: ROUGE-2, 0 to 1.
+        rouge2: ROUGE-2 likewise.
         status: The attack's status.
         seconds: Seconds that the attack took.
         peak_rss_mb: Peak resident memory of the process so far, in megabytes.
@@ -165,7 +173,7 @@ class AccuracyRun:
     batch_size: int
     seed: int
     n_tokens: int
-    distinct_prefixes: int
+    rows: int
     exact: float
     false: int
     rouge1: float
@@ -181,7 +189,7 @@ class AccuracyRun:
 
 def bench_accuracy(
     model: LanguageModel,
-    batches: Iterable[tuple[str, int, Sequence[str], Sequence[int] | None]],
+    batches: Iterable[Batch],
     *,
     task: str = "classification",
     dtype: str = "float32",
@@ -191,9 +199,9 @@ def bench_accuracy(
     """Attack a series of batches and compare with the truth.
 
     Args:
-        model: A causal model.
-        batches: For each its name, the seed that drew it, its texts and labels.
-        task: See `client.client_update`.
+        model: A causal model or an encoder.
+        batches: The series.
+        task: See `client.client_update`. What masks hide was not seen: the truth is the corrupted text.
         dtype: See `client.client_update`.
         share: See `client.client_update`.
         progress: See `bench_decoder`.
@@ -201,26 +209,50 @@ def bench_accuracy(
     Yields:
         One record a batch.
     """
-    for name, seed, texts, labels in batches:
+    for batch in batches:
+        _, _, texts, labels = batch
         update = client_update(model, texts, labels, task=task, dtype=dtype, share=share)
-        found = attack(model, update, progress=progress)
-        points = score(found, texts, model, task=task)
-        last = 1 if task == "next_token" else 0
-        sequences = [tuple(ids[: len(ids) - last]) for ids in encode(model.tokenizer, texts)]
-        yield AccuracyRun(
-            data=name,
-            batch_size=len(texts),
-            seed=seed,
-            n_tokens=points.n_tokens,
-            distinct_prefixes=distinct_prefixes(sequences),
-            exact=points.exact,
-            false=len(set(found.sequences) - set(sequences)),
-            rouge1=points.rouge1,
-            rouge2=points.rouge2,
-            status=found.status,
-            seconds=found.seconds["total"],
-            peak_rss_mb=found.peak_rss_mb,
-        )
+        yield compared(attack(model, update, progress=progress), batch, model, task)
+
+
+def compared(found: Reconstruction, batch: Batch, model: LanguageModel, task: str = "classification") -> AccuracyRun:
+    """Compare a reconstruction with its batch.
+
+    Args:
+        found: What an attack returned.
+        batch: The batch that the client trained on.
+        model: The model.
+        task: What the client trained, with the default seed of its masks.
+    """
+    name, seed, texts, _ = batch
+    points = score(found, texts, model, task=task)
+    truths = seen_tokens(encode(model.tokenizer, texts), model, task)
+    return AccuracyRun(
+        data=name,
+        batch_size=len(texts),
+        seed=seed,
+        n_tokens=points.n_tokens,
+        rows=distinct_rows(truths, causal=adapter_for(model.network).causal),
+        exact=points.exact,
+        false=len(set(found.sequences) - set(truths)),
+        rouge1=points.rouge1,
+        rouge2=points.rouge2,
+        status=found.status,
+        seconds=found.seconds["total"],
+        peak_rss_mb=found.peak_rss_mb,
+    )
+
+
+def distinct_rows(sequences: Iterable[Sequence[int]], *, causal: bool) -> int:
+    """Number of different rows that token sequences give: one a beginning, or one a token of each different text.
+
+    >>> texts = [[1, 2, 3], [1, 4], [1, 4]]
+    >>> distinct_rows(texts, causal=True), distinct_rows(texts, causal=False)
+    (4, 5)
+    """
+    if causal:
+        return distinct_prefixes(sequences)
+    return sum(map(len, set(map(tuple, sequences))))
 
 
 def distinct_prefixes(sequences: Iterable[Sequence[int]]) -> int:
@@ -237,13 +269,14 @@ def same_sentences(left: Reconstruction, right: Reconstruction) -> bool:
     return set(left.sequences) == set(right.sequences)
 
 
-def _labelled(progress: Progress | None, party: str) -> Progress | None:
+def labelled(progress: Progress | None, party: str) -> Progress | None:
+    """The same callback, with the name of a party in front of the stage."""
     if progress is None:
         return None
     return lambda stage, done, total: progress(f"{party}: {stage}", done, total)
 
 
-def _warm_up(device: torch.device) -> None:
+def warm_up(device: torch.device) -> None:
     """Let torch load its libraries and start its threads, before the clock runs."""
     matrix = torch.eye(64, dtype=torch.float64, device=device)
     torch.linalg.svd(torch.linalg.qr(matrix @ matrix).R)

@@ -23,6 +23,8 @@ from . import __version__, display
 from .errors import DagerError
 
 if TYPE_CHECKING:
+    from .benchmark import AccuracyRun, Batch
+    from .benchmark_encoder import EncoderBenchmark
     from .metrics import Score
     from .models import LanguageModel
     from .reconstruction import Reconstruction
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 8  # texts drawn from --data where --batch-size is not given
 SCALING = (1, 2, 4, 8, 16, 32)  # batch sizes of `bench scaling` where none is given
+VARIANTS = ("full", "no incidence", "no relaxation", "no polish", "textbook")  # of `bench encoder`
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -67,7 +70,7 @@ Texts = Annotated[list[str] | None, typer.Option("--text", help="A text of the b
 Labels = Annotated[list[int] | None, typer.Option("--label", help="Class of each --text, in order; 0, 1, 0, ...")]
 Task = Annotated[
     Literal["classification", "next_token", "masked"],
-    typer.Option("--task", help="What the client trains; masked for bidirectional models."),
+    typer.Option("--task", help="What the client trains: next_token needs a causal model, masked a bidirectional one."),
 ]
 Loss = Annotated[Literal["cross_entropy", "frobenius"], typer.Option("--loss", help="The client's loss.")]
 Dtype = Annotated[
@@ -82,6 +85,9 @@ MaxLength = Annotated[int | None, typer.Option("--max-length", min=1, help="Trun
 TimeBudget = Annotated[
     float | None, typer.Option("--time-budget", min=0.0, help="Seconds after which the search stops.")
 ]
+BenchData = Annotated[list[str], typer.Option("--data", help="Texts by name, or a TSV file; repeat it.")]
+BenchSizes = Annotated[list[int], typer.Option("--batch-size", min=1, help="Number of texts; repeat it.")]
+BenchBatches = Annotated[int, typer.Option("--batches", min=1, help="Batches of each kind, seeds counted up.")]
 UpdateFile = Annotated[Path, typer.Argument(metavar="UPDATE", help="A safetensors file of named gradients.")]
 
 app = typer.Typer(
@@ -90,7 +96,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Exact gradient inversion for language models: what does an update give away?",
 )
-bench = typer.Typer(help="Measure the attack against the textbook version.", no_args_is_help=True)
+bench = typer.Typer(help="Measure how well and how fast the attack does.", no_args_is_help=True)
 models = typer.Typer()
 app.add_typer(bench, name="bench")
 app.add_typer(models, name="models")
@@ -300,7 +306,7 @@ def decoder(
     blocks: Blocks = None,
     threads: Threads = None,
 ) -> None:
-    """Time the decoder attack and the textbook version on the same update."""
+    """Time the attack on a causal model and the textbook version on the same update."""
     texts, labels = _batch(data, batch_size, seed, None, None)
     language_model = _open(model, device, model_seed, blocks, threads)
     from .benchmark import bench_decoder
@@ -325,7 +331,7 @@ def scaling(
     blocks: Blocks = None,
     threads: Threads = None,
 ) -> None:
-    """Time the decoder attack on growing batches."""
+    """Time the attack on a causal model on growing batches."""
     batches = [_batch(data, size, seed, None, None) for size in batch_size or SCALING]
     language_model = _open(model, device, model_seed, blocks, threads)
     from .benchmark import bench_scaling
@@ -338,11 +344,11 @@ def scaling(
 @bench.command()
 def accuracy(
     model: Model,
-    data: Annotated[list[str], typer.Option("--data", help="Texts by name, or a TSV file; repeat it.")],
-    batch_size: Annotated[list[int], typer.Option("--batch-size", min=1, help="Number of texts; repeat it.")],
-    batches: Annotated[int, typer.Option("--batches", min=1, help="Batches of each kind, seeds counted up.")] = 5,
-    task: Annotated[str, typer.Option("--task", help="classification, next_token or masked.")] = "classification",
-    dtype: Annotated[str, typer.Option("--dtype", help="The client's precision.")] = "float32",
+    data: BenchData,
+    batch_size: BenchSizes,
+    batches: BenchBatches = 5,
+    task: Task = "classification",
+    dtype: Dtype = "float32",
     share: Annotated[str, typer.Option("--share", help="all or attention.")] = "attention",
     json_file: Json = None,
     seed: Seed = 0,
@@ -351,13 +357,8 @@ def accuracy(
     blocks: Blocks = None,
     threads: Threads = None,
 ) -> None:
-    """Attack many batches and count what comes back exactly."""
-    drawn = [
-        (Path(name).stem, draw, *_batch(name, size, draw, None, None))
-        for name in data
-        for size in batch_size
-        for draw in range(seed, seed + batches)
-    ]
+    """Attack many batches, of a model of either kind, and count what comes back exactly."""
+    drawn = _series(data, batch_size, batches, seed)
     language_model = _open(model, device, model_seed, blocks, threads)
     from .benchmark import bench_accuracy
 
@@ -365,11 +366,48 @@ def accuracy(
     with display.progress(Console(stderr=True)) as advance:
         for run in bench_accuracy(language_model, drawn, task=task, dtype=dtype, share=share, progress=advance):
             runs.append(run.to_json())
-            line = (run.data, f"B={run.batch_size}", f"seed={run.seed}", f"prefixes={run.distinct_prefixes}",
-                    f"exact={run.exact:.3f}", f"false={run.false}", f"R1={run.rouge1:.3f}", run.status,
-                    f"{run.seconds:.1f} s")  # fmt: skip
-            typer.echo("  ".join(line))
+            typer.echo(_line(run))
     _finish(json_file, {"model": model, "task": task, "dtype": dtype, "runs": runs})
+
+
+@bench.command()
+def encoder(
+    model: Model,
+    data: BenchData,
+    batch_size: BenchSizes,
+    batches: BenchBatches = 5,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option("--variant", help=f"{', '.join(VARIANTS)}; repeat it. All by default."),
+    ] = None,
+    cap: Annotated[
+        int, typer.Option("--cap", min=1, help="Texts of each length that the textbook version tests at most.")
+    ] = 20_000,
+    time_budget: Annotated[
+        float | None,
+        typer.Option("--time-budget", min=0.0, help="Seconds after which a search stops, the textbook's excepted."),
+    ] = None,
+    json_file: Json = None,
+    seed: Seed = 0,
+    model_seed: ModelSeed = 0,
+    device: Device = "cpu",
+    blocks: Blocks = None,
+    threads: Threads = None,
+) -> None:
+    """Attack encoders with and without each part of the search, and as the paper does."""
+    drawn = _series(data, batch_size, batches, seed)
+    language_model = _open(model, device, model_seed, blocks, threads)
+    from .benchmark_encoder import bench_encoder
+
+    runs = []
+    with display.progress(Console(stderr=True)) as advance:
+        for run in bench_encoder(
+            language_model, drawn, variants=variant or VARIANTS, cap=cap, time_budget=time_budget, progress=advance
+        ):
+            runs.append(run)
+            typer.echo(f"{_line(run)}  {run.variant}")
+    record = {"model": model, "cap": cap, "time_budget": time_budget, "runs": [run.to_json() for run in runs]}
+    _finish(json_file, record, _variants_table(runs))
 
 
 @models.callback(invoke_without_command=True)
@@ -441,6 +479,23 @@ def _batch(
     return sample_batch(load_texts(str(data)), BATCH_SIZE if size is None else size, seed)
 
 
+def _series(data: list[str], sizes: list[int], batches: int, seed: int) -> list[Batch]:
+    """Batches of every source and size, drawn with the seeds from `seed` on."""
+    return [
+        (Path(name).stem, draw, *_batch(name, size, draw, None, None))
+        for name in data
+        for size in sizes
+        for draw in range(seed, seed + batches)
+    ]
+
+
+def _line(run: AccuracyRun) -> str:
+    """One batch of a benchmark in one line."""
+    parts = (run.data, f"B={run.batch_size}", f"seed={run.seed}", f"rows={run.rows}", f"exact={run.exact:.3f}",
+             f"false={run.false}", f"R1={run.rouge1:.3f}", run.status, f"{run.seconds:.1f} s")  # fmt: skip
+    return "  ".join(parts)
+
+
 def _load(path: Path) -> Update:
     from .update import Update
 
@@ -501,6 +556,21 @@ def _scaling_table(runs: list[dict[str, Any]]) -> Table:
         stages = (run["fast_stage_seconds"].get(stage, 0.0) for stage in display.STAGES)
         seconds = (f"{duration:.2f}" for duration in (*stages, run["fast_seconds"]))
         table.add_row(*sizes, *seconds, f"{100 * run['exact']:.1f}", run["status"])
+    return table
+
+
+def _variants_table(runs: list[EncoderBenchmark]) -> Table:
+    """One row for each variant on batches of one size from one source: means over the batches."""
+    from .benchmark_encoder import averages
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="dim")
+    for title in ("data", "texts", "variant", "ROUGE-1 %", "exact %", "false", "seconds"):
+        table.add_column(title, justify="left" if title in ("data", "variant") else "right", no_wrap=True)
+    for row in averages(runs):
+        shares = (f"{100 * share:.1f}" for share in (row.rouge1, row.exact))
+        table.add_row(
+            display.printable(row.data), str(row.batch_size), row.variant, *shares, str(row.false), f"{row.seconds:.2f}"
+        )
     return table
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .models import LanguageModel, adapter_for
-from .models.base import QKV, Adapter, DecoderAdapter, Tap
+from .models.base import ATTENTION_OUTPUT, QKV, Adapter, DecoderAdapter, Tap
 from .rounding import rounding_errors
 from .subspace import Span, span_of
 from .update import Update
@@ -158,9 +158,20 @@ def _verdict(evidence: Evidence, rows: list[TapReport]) -> str:
         return "block 0's query, key and value gradients are missing or zero: span attacks have nothing to work with"
     if first.saturated:
         return "block 0 is saturated: even single tokens hide in the full rank"
+    if not evidence.adapter.causal:
+        return _encoder_verdict(first, evidence.span(0, ATTENTION_OUTPUT))
     deeper = [row for row in rows if not row.name.startswith("block 0 query") and row.rank]
     if any(row.saturated for row in deeper):
         return "tokens can be told from block 0, prefixes only by leverage: they are about as many as the model is wide"
     if not deeper:
         return "tokens can be told from block 0; without further taps their order cannot"
     return f"exposed: {first.rank} independent inputs in block 0 and room in the span to test every prefix"
+
+
+def _encoder_verdict(first: Span, attended: Span | None) -> str:
+    """What the spans of block 0's attention inputs and outputs leave to an attack on a bidirectional model."""
+    if attended is None:
+        return "tokens can be told from block 0; without its attention output gradient whole texts cannot"
+    if attended.saturated:
+        return "tokens can be told from block 0, whole texts cannot: they have about as many as the model is wide"
+    return f"exposed: {first.rank} independent inputs in block 0 and room in the span to test whole texts"

@@ -115,7 +115,7 @@ def score(
     if not texts:
         raise DagerError("the batch is empty: give the texts that the client trained on")
     sequences = encode(model.tokenizer, texts, max_length)
-    batch = _seen(sequences, model, task, seed)
+    batch = seen_tokens(sequences, model, task, seed)
     special = frame_ids(model.tokenizer)
     counts = Counter(truth for truth in batch if not special.issuperset(truth))
     if not counts:
@@ -135,8 +135,18 @@ def score(
     )
 
 
-def _seen(sequences: list[list[int]], model: LanguageModel, task: str, seed: int) -> list[Ids]:
-    """The tokens of each text that entered the network and its gradient."""
+def seen_tokens(sequences: list[list[int]], model: LanguageModel, task: str, seed: int = 0) -> list[Ids]:
+    """The tokens of each text that entered the network and its gradient: the truth of a reconstruction.
+
+    Args:
+        sequences: Token ids of each text, as `client.encode` gives them.
+        model: The model that both sides share.
+        task: See `score`.
+        seed: See `score`.
+
+    Raises:
+        DagerError: The task is `masked` and the tokenizer has no mask token.
+    """
     if task == "masked":
         sequences, _ = masked_inputs(model.tokenizer, sequences, seed)
     return [tuple(ids[:-1] if task == "next_token" else ids) for ids in sequences]

@@ -17,11 +17,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .attack import peak_memory_mb
 from .errors import DagerError
 from .models import LanguageModel, adapter_for
 from .models.base import QKV, Adapter, DecoderAdapter, Tap
 from .reconstruction import Reconstruction
+from .run import peak_memory_mb
 from .update import Update
 
 Progress = Callable[[str, int, int | None], None]
