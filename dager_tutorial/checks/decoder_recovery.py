@@ -1,0 +1,86 @@
+"""Checks of chapter 4, decoder recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .common import answer, close, equal, passed
+
+Prefix = tuple[int, ...]
+Test = Callable[[Sequence[Prefix]], list[bool]]
+
+
+def prefixes(texts: Iterable[Prefix]) -> set[Prefix]:
+    """All beginnings of texts, the texts themselves included.
+
+    >>> sorted(prefixes([(3, 5)]))
+    [(3,), (3, 5)]
+    """
+    return {text[: end + 1] for text in texts for end in range(len(text))}
+
+
+def grow(function: Callable[[list[int], Test, int], Iterable[Prefix]]) -> None:
+    """Exercise 4.1: all confirmed prefixes, grown from the left.
+
+    Args:
+        function: Takes token ids, a test (a list of prefixes to a list of booleans) and the longest length; returns
+            the confirmed prefixes.
+    """
+    cases: list[tuple[list[Prefix], int, str]] = [
+        ([(1, 2, 3), (1, 4)], 9, "Begin with the empty prefix."),
+        ([(5,), (2, 2, 5, 1)], 9, "A text of one token ends early and must stay in the answer."),
+        ([(1, 1, 1, 1, 1, 1)], 3, "Stop at the longest length."),
+    ]
+    for texts, longest, hint in cases:
+        true = prefixes(texts)
+        asked: list[Prefix] = []
+
+        def is_confirmed(candidates: Sequence[Prefix], true: set[Prefix] = true, log: list[Prefix] = asked) -> list[bool]:
+            log.extend(candidates)
+            return [candidate in true for candidate in candidates]
+
+        found = sorted(tuple(prefix) for prefix in answer(function, [1, 2, 3, 4, 5], is_confirmed, longest))
+        equal(found, sorted(prefix for prefix in true if len(prefix) <= longest), "the prefixes", hint=hint)
+        for prefix in asked:
+            assert len(prefix) == 1 or prefix[:-1] in true, f"{prefix} was tested, but {prefix[:-1]} is not confirmed"
+            assert len(prefix) <= longest, f"{prefix} was tested, which is longer than {longest}"
+    passed(function)
+
+
+def next_output(function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Exercise 4.2: attention of one more token over a cache.
+
+    Args:
+        function: Takes the prefix's keys and values (length x width) and the token's query, key and value (width);
+            returns its attention output (width).
+    """
+    for seed, length in enumerate((4, 1, 0)):
+        draw = torch.Generator().manual_seed(seed)
+        queries, keys, values = (torch.randn(length + 1, 8, generator=draw) for _ in range(3))
+        whole = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        found = answer(function, keys[:-1], values[:-1], queries[-1], keys[-1], values[-1])
+        hint = "An empty prefix leaves the token's own value." if not length else "Scale, softmax, and the token's own key."
+        close(found, whole[-1], "the output", hint=hint)
+    passed(function)
+
+
+def whole(function: Callable[[set[Prefix], set[Prefix]], Iterable[Prefix]]) -> None:
+    """Exercise 4.3: whole texts among confirmed prefixes.
+
+    Args:
+        function: Takes the confirmed prefixes and those that pass in the last block; returns the texts.
+    """
+    texts: set[Prefix] = {(1, 2, 3, 4), (1, 2), (7,), (7, 8)}
+    confirmed = prefixes(texts)
+    cases: list[tuple[set[Prefix], set[Prefix], str]] = [
+        (texts, texts, "A text may begin another one: the last block knows it."),
+        ({(7, 8)}, {(7, 8)}, "What does not pass in the last block is no end, be it a leaf or not."),
+        (confirmed, {(1, 2, 3, 4), (7, 8)}, "Where every prefix passes, only the leaves can be named."),
+    ]
+    for passing, expected, hint in cases:
+        found = {tuple(text) for text in answer(function, set(confirmed), set(passing))}
+        equal(sorted(found), sorted(expected), "the texts", hint=hint)
+    passed(function)
