@@ -6,12 +6,12 @@ import time
 
 from torch import Tensor
 
-from .encoder import PARTS, TextSearch, candidate_tokens
+from .encoder import PARTS, TextSearch
 from .models.base import ATTENTION_OUTPUT, MLP, QKV, EncoderAdapter, Tap
 from .run import Outcome, Run, expected_rows
 from .subspace import Span
 from .token_filter import Candidates, filter_tokens
-from .unmixing import Incidence, incidence, same_text, unmix
+from .unmixing import Incidence, candidate_tokens, incidence, same_text, unmix
 
 
 class EncoderRun(Run):
@@ -55,6 +55,7 @@ class EncoderRun(Run):
             span,
             self._confirming(span),
             expected_rows=expected,
+            memory=self.config.memory_mb * 2**20,
             deadline=self.deadline(),
             seed=self.config.seed,
             progress=self.report("search"),
