@@ -254,6 +254,17 @@ def test_numerical_rank_of_low_rank_plus_noise(outputs: int, inputs: int, rank: 
     assert rank <= numerical_rank(values, outputs, 0.0) <= rank + 1
 
 
+def test_noise_whose_own_spectrum_falls_steeply_is_no_signal() -> None:
+    """Rounding noise may fall over many orders of magnitude itself: its values pass each other's edges, not the gap.
+
+    Seen in the attention output of a random BERT, B = 1: the noise begins 29 times above the rounding floor.
+    """
+    floor = 5e-8
+    signal = torch.logspace(0, -1.7, 36, dtype=torch.float64)
+    noise = torch.logspace(math.log10(29 * floor), -12, 732, dtype=torch.float64)
+    assert numerical_rank(torch.cat([signal, noise]), 768, floor) == 36
+
+
 def test_numerical_rank_of_extremes() -> None:
     full = torch.logspace(0, -3, 20, dtype=torch.float64)
     assert numerical_rank(full, 400, 1e-9) >= 19  # a last value alone cannot be told from noise
