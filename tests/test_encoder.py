@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import WORDS
 
 from dager_tutorial.attack import AttackConfig, attack
 from dager_tutorial.client import client_update, encode, masked_inputs
@@ -158,6 +159,17 @@ def test_nothing_is_reported_that_no_deeper_tap_confirms(model: LanguageModel, r
         model, replace(evidence, gradients=deeper, spans={}), AttackConfig(), None, time.perf_counter()
     ).search()
     assert (alone.status, alone.sequences) == ("partial", ())
+
+
+@every(["tiny_bert"])
+@pytest.mark.parametrize("size", [5, 6, 8, 16])
+def test_batches_about_as_large_as_the_width_yield_nothing_false(model: LanguageModel, size: int) -> None:
+    """60 to 192 rows in 64 dimensions, of few words: the spans are full or nearly so, and nothing may be guessed."""
+    draw = random.Random(size)
+    texts = [" ".join(draw.choices(WORDS[:12], k=10)) for _ in range(size)]
+    found = attack(model, client_update(model, texts), config=AttackConfig(time_budget=20))
+    assert set(found.sequences) <= truth(model, texts)
+    assert found.status != "exact"
 
 
 def test_one_block_holds_no_whole_texts(random_texts: Draw) -> None:
