@@ -217,15 +217,17 @@ def numerical_rank(singular_values: Tensor, outputs: int, floor: float) -> int:
     rank = 0
     while rank < min(inputs, outputs) and values[rank] > edge(rank):
         rank += 1
-    reach = max(CLEAR_GAP * edge(rank), LARGEST_ROUNDING * floor)
     following = [*values[1:], floor]
-    gaps = [
-        (values[cut - 1] / max(following[cut - 1], 1e-300), cut)
-        for cut in range(1, rank + 1)
-        if following[cut - 1] <= reach
-    ]
-    ratio, cut = max(gaps, default=(0.0, rank))
-    return cut if ratio >= CLEAR_GAP else rank
+    for reach in (CLEAR_GAP * edge(rank), LARGEST_ROUNDING * floor):
+        gaps = [
+            (values[cut - 1] / max(following[cut - 1], 1e-300), cut)
+            for cut in range(1, rank + 1)
+            if following[cut - 1] <= reach
+        ]
+        ratio, cut = max(gaps, default=(0.0, rank))
+        if ratio >= CLEAR_GAP:
+            return cut
+    return rank
 
 
 def rounding_floor(gradient: Tensor, precision: float) -> float:

@@ -307,3 +307,14 @@ def test_the_complement_screen_keeps_a_residuals_square(model: LanguageModel, ra
     assert float((true @ span.screen(16, torch.Generator().manual_seed(2))).abs().max()) < 1e-4
     everything = vectors @ span.screen(10**6, torch.Generator())
     torch.testing.assert_close(everything.square().sum(1), rest.square().sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_weak_signal_above_a_clear_gap_counts() -> None:
+    """A direction far below the others and far above the noise, as the bias of a layer norm may be, is signal.
+
+    Seen in block 0 of MiniLM, B = 4: 2e-2, then 6e-5, then rounding of 6e-7.
+    """
+    floor = 6.5e-8
+    signal = torch.cat([torch.logspace(1, -1.6, 47, dtype=torch.float64), torch.tensor([6.4e-5], dtype=torch.float64)])
+    noise = torch.logspace(math.log10(6.4e-7), math.log10(2e-7), 336, dtype=torch.float64)
+    assert numerical_rank(torch.cat([signal, noise]), 1152, floor) == 48
