@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from .decoder import PrefixSearch, Tree
 from .models.base import ATTENTION_OUTPUT, MLP, QKV, QUERY, DecoderAdapter, Tap
 from .run import Outcome, Run, expected_rows
@@ -13,7 +11,6 @@ from .saturated import LeverageSearch, filter_by_leverage
 from .sentences import Texts, whole_texts
 from .subspace import CLEAR_GAP, Span
 from .token_filter import Candidates, filter_tokens
-from .unmixing import candidate_tokens, incidence, unmix
 
 # How many prefixes of one length a search by leverage keeps at most.
 WIDEST = 128
@@ -92,32 +89,13 @@ class DecoderRun(Run):
         return LeverageSearch(
             self.adapter,
             {place: span for place, span in spans.items() if span is not None},
-            self._placed(candidates),
+            candidates,
             widest=min(2 * texts, WIDEST),
             memory=self.config.memory_mb * 2**20,
             deadline=self.deadline(),
             seed=self.config.seed,
             progress=self.report("search"),
         )
-
-    def _placed(self, candidates: Candidates) -> Candidates:
-        """Candidates without the positions at which block 0's gradient says that a token does not stand.
-
-        Tokens and positions may be fewer than the width where rows are more: then this is known although the deeper
-        spans are full.
-        """
-        gradient = self.adapter.tap(0, QKV).gradient(self.evidence.gradients)
-        if candidates.every_position or gradient is None or len(gradient) != 3 * self.adapter.hidden_size:
-            return candidates
-        tokens = candidate_tokens(candidates)
-        marginals = unmix(self.adapter.first_input, gradient, tokens, len(candidates.tokens))
-        if marginals is None:
-            return candidates
-        likely = incidence(marginals, 3 * self.adapter.num_heads).likely
-        placed = (
-            passed[likely[place, torch.searchsorted(tokens, passed)]] for place, passed in enumerate(candidates.tokens)
-        )
-        return Candidates(tuple(placed), every_position=False)
 
     def _cascade_spans(self) -> dict[tuple[int, str], Span]:
         """Spans of the taps that the search tests; the MLP's only where one of the others cannot decide alone."""
