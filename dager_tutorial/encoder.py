@@ -22,11 +22,8 @@ from .models.base import EncoderAdapter, Tap
 from .simplex import relax
 from .subspace import Span
 from .token_filter import Candidates, first_vectors
-from .unmixing import ONCE, Incidence
+from .unmixing import Incidence, candidate_tokens
 
-# A token that stands at one position, as far as the regression can tell, stands at others only where its coefficient is
-# more than this many deviations. Mistakes are mended by the polish and the wide rounds.
-NOISE = 2.0
 # Equations of one relaxation: several hundred decide between thousands of candidates, more only cost time.
 EQUATIONS = 480
 QUERIES = 16
@@ -38,8 +35,6 @@ POLISH_DIRECTIONS = 48
 SWEEPS = 3
 # Seeds in a row that lead to no text before the search gives up.
 FAILURES = 40
-# Candidates that one relaxation takes at most.
-WIDEST = 12_000
 
 PARTS = frozenset({"incidence", "relaxation", "polish"})
 
@@ -69,6 +64,7 @@ class TextSearch:
         span: Span of block 0's attention output map.
         confirming: Spans that hold every row of the batch, by their taps; each row of a text must lie in all of them.
         expected_rows: How many rows the batch has, where a rank tells.
+        memory: Bytes that one relaxation's table may take: what would need more is not tried.
         deadline: `time.perf_counter()` at which to stop; None for never.
         seed: Seed of the random mixtures of equations.
         progress: Called with rows explained and rows expected, or None.
@@ -85,6 +81,7 @@ class TextSearch:
         confirming: Mapping[Tap, Span],
         *,
         expected_rows: int | None = None,
+        memory: int = 2**29,
         deadline: float | None = None,
         seed: int = 0,
         progress: Callable[[int, int | None], None] | None = None,
@@ -92,6 +89,7 @@ class TextSearch:
     ) -> None:
         self.adapter, self.span, self.confirming = adapter, span, confirming
         self.expected_rows, self.deadline, self.progress, self.parts = expected_rows, deadline, progress, parts
+        self.widest = memory // (8 * adapter.num_heads * EQUATIONS)
         self.generator = torch.Generator().manual_seed(seed)
         self.tokens = candidate_tokens(candidates)
         self.together = None if together is None or "incidence" not in parts else together
@@ -165,13 +163,14 @@ class TextSearch:
         if incidence is None or "incidence" not in self.parts:
             flat = torch.zeros(self.wide.shape, dtype=torch.float64, device=self.tokens.device)
             return flat, self.wide, [(int(i), int(t)) for i, t in self.wide.nonzero() if i > 0]
-        coefficients = incidence.coefficients
-        once = coefficients[1:].max(0).values >= ONCE
-        likely = self.wide & (~once | (coefficients > NOISE * incidence.deviation))
         odds = torch.where(self.wide, incidence.log_odds, -math.inf)
         odds[0] = -math.inf
         ranked = odds.flatten().argsort(descending=True)[: int((odds > -math.inf).sum())]
-        return coefficients, likely, [divmod(int(pair), len(self.tokens)) for pair in ranked]
+        return (
+            incidence.coefficients,
+            self.wide & incidence.likely,
+            [divmod(int(pair), len(self.tokens)) for pair in ranked],
+        )
 
     def _projections(self) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value (float32, positions x tokens x heads x width) of every pair in block 0."""
@@ -245,7 +244,7 @@ class TextSearch:
             allowed[place] = False
             allowed[place, token] = True
         places, tokens = allowed.nonzero().T
-        if len(places) > WIDEST:
+        if len(places) > self.widest:
             return None
         asked = sorted(known)[:: math.ceil(len(known) / QUERIES)]
         directions = self._mixture(EQUATIONS)
@@ -330,11 +329,6 @@ class TextSearch:
         ids = self.tokens[list(text)][None]
         inputs = self.adapter.tap_inputs(ids, torch.ones_like(ids), self.confirming)
         return all(bool((span.ratio(inputs[tap][0]) <= span.bound).all()) for tap, span in self.confirming.items())
-
-
-def candidate_tokens(candidates: Candidates) -> Tensor:
-    """The distinct tokens (int64, sorted) that pass the filter anywhere."""
-    return torch.cat(candidates.tokens).unique()
 
 
 def _passing(candidates: Candidates, tokens: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ import time
 
 from torch import Tensor
 
-from .encoder import PARTS, TextSearch, candidate_tokens
+from .encoder import PARTS, TextSearch
 from .models.base import ATTENTION_OUTPUT, MLP, QKV, EncoderAdapter, Tap
 from .run import Outcome, Run, expected_rows
-from .subspace import Span
+from .subspace import CLEAR_GAP, Span
 from .token_filter import Candidates, filter_tokens
-from .unmixing import Incidence, incidence, same_text, unmix
+from .unmixing import Incidence, candidate_tokens, incidence, same_text, unmix
 
 
 class EncoderRun(Run):
@@ -28,6 +28,10 @@ class EncoderRun(Run):
         first = self.evidence.span(0, QKV)
         if first is None or first.rank == 0:
             return _nothing("no_signal", "block 0's query, key and value gradients are missing or zero")
+        if self.adapter.num_blocks < 2:
+            return _nothing(
+                "partial", "one block holds the rows that the loss reads, not whole texts: load more blocks"
+            )
         if first.saturated:
             return _nothing("saturated", "block 0 is full: even single tokens hide in the rank")
         start = time.perf_counter()
@@ -41,20 +45,25 @@ class EncoderRun(Run):
         span = self.evidence.span(0, ATTENTION_OUTPUT)
         if span is None:
             return _nothing("partial", "block 0's attention output gradient was not shared: tokens, but no texts")
-        if span.saturated:
-            return _nothing("saturated", "as many rows as the model is wide: tokens can be told, whole texts cannot")
+        if blurred(span):
+            reason = "about as many rows as the model is wide: tokens can be told, whole texts cannot"
+            return _nothing("saturated", reason)
         return self._texts(candidates, span)
 
     def _texts(self, candidates: Candidates, span: Span) -> Outcome:
         start, before = time.perf_counter(), self.evidence.seconds
-        expected = expected_rows([span])
+        confirming = self._confirming()
+        if not confirming:
+            return _nothing("partial", "no tap beyond block 0's attention output is left to confirm a text by")
+        expected = expected_rows([span, *confirming.values()])
         search = TextSearch(
             self.adapter,
             candidates,
             *self._incidence(candidates),
             span,
-            self._confirming(span),
+            confirming,
             expected_rows=expected,
+            memory=self.config.memory_mb * 2**20,
             deadline=self.deadline(),
             seed=self.config.seed,
             progress=self.report("search"),
@@ -80,18 +89,27 @@ class EncoderRun(Run):
         where = incidence(marginals, heads)
         return where, same_text(marginals, heads, where)
 
-    def _confirming(self, span: Span) -> dict[Tap, Span]:
-        """Spans of deeper taps that hold as many rows as block 0's attention output: all of the batch.
+    def _confirming(self) -> dict[Tap, Span]:
+        """Spans of deeper taps that hold every row of the batch: each must lie in all of them.
 
-        The last blocks may hold fewer, where the loss reads one position only.
+        Whatever the loss reads, it reaches all rows of a block through the attention of the next one. The last block
+        has no next one.
         """
-        deeper = [(block, QKV) for block in range(1, min(3, self.adapter.num_blocks))]
-        spans = self._full(deeper, span.rank)
-        return spans or self._full([(0, MLP)], span.rank)
+        deeper = self._spans([(block, QKV) for block in (1, 2) if block < self.adapter.num_blocks - 1])
+        return deeper or self._spans([(0, MLP)])
 
-    def _full(self, places: list[tuple[int, str]], rows: int) -> dict[Tap, Span]:
+    def _spans(self, places: list[tuple[int, str]]) -> dict[Tap, Span]:
         spans = {self.adapter.tap(*place): self.evidence.span(*place) for place in places}
-        return {tap: span for tap, span in spans.items() if span is not None and span.rank == rows}
+        return {tap: span for tap, span in spans.items() if span is not None and not blurred(span)}
+
+
+def blurred(span: Span) -> bool:
+    """Whether a span may be full, so that texts which are nearly right would pass.
+
+    Without a clear gap a cut in the upper half of the width may run through the signal: what it leaves outside is then
+    taken for noise, and much is forgiven.
+    """
+    return span.saturated or (span.gap < CLEAR_GAP and 2 * span.rank >= span.width)
 
 
 def verdict(rows: int, expected: int | None, *, late: bool = False) -> tuple[str, str]:

@@ -158,9 +158,14 @@ def _verdict(evidence: Evidence, rows: list[TapReport]) -> str:
         return "block 0's query, key and value gradients are missing or zero: span attacks have nothing to work with"
     if first.saturated:
         return "block 0 is saturated: even single tokens hide in the full rank"
-    if not evidence.adapter.causal:
-        return _encoder_verdict(first, evidence.span(0, ATTENTION_OUTPUT))
     deeper = [row for row in rows if not row.name.startswith("block 0 query") and row.rank]
+    if evidence.adapter.causal:
+        return _decoder_verdict(first, deeper)
+    return _encoder_verdict(first, evidence.span(0, ATTENTION_OUTPUT), deeper)
+
+
+def _decoder_verdict(first: Span, deeper: list[TapReport]) -> str:
+    """What is to be expected where block 0 tells the tokens of a causal model."""
     if any(row.saturated for row in deeper):
         return "tokens can be told from block 0, prefixes only by leverage: they are about as many as the model is wide"
     if not deeper:
@@ -168,10 +173,10 @@ def _verdict(evidence: Evidence, rows: list[TapReport]) -> str:
     return f"exposed: {first.rank} independent inputs in block 0 and room in the span to test every prefix"
 
 
-def _encoder_verdict(first: Span, attended: Span | None) -> str:
-    """What the spans of block 0's attention inputs and outputs leave to an attack on a bidirectional model."""
+def _encoder_verdict(first: Span, attended: Span | None, deeper: list[TapReport]) -> str:
+    """What is to be expected where block 0 tells the tokens of a bidirectional model."""
     if attended is None:
         return "tokens can be told from block 0; without its attention output gradient whole texts cannot"
-    if attended.saturated:
+    if any(row.saturated for row in deeper):
         return "tokens can be told from block 0, whole texts cannot: they have about as many as the model is wide"
     return f"exposed: {first.rank} independent inputs in block 0 and room in the span to test whole texts"

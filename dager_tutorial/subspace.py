@@ -27,6 +27,8 @@ CLEAR_GAP = 30.0
 NEARLY_FULL = 0.9
 # Rounding errors of a gradient's sums are some times those of its storage; more than this is noise of another kind.
 UNEVEN_ROUNDING = 100.0
+# The largest rounding errors, of sums whose terms are as large as the gradient itself, over those of storing it.
+LARGEST_ROUNDING = 1000.0
 # Vectors are projected in float32, which is exact to about this share of their length.
 PROJECTION_ERROR = 2.0**-23
 
@@ -188,8 +190,9 @@ def numerical_rank(singular_values: Tensor, outputs: int, floor: float) -> int:
 
     Noise of equal variance has a largest singular value of sigma * (sqrt(outputs) + sqrt(inputs)) (the edge of
     random-matrix theory), with sigma taken from the values below the cut. The count is raised until the next value lies
-    below that edge. Rounding noise is uneven, so that a few of its values pass: where a clear gap stands just
-    above the noise, the cut is moved there.
+    below that edge. Rounding noise is uneven, so that a few of its values pass, or, where its own spectrum falls
+    steeply, most of them: where a clear gap stands just above the noise, or above what rounding makes at most, the cut
+    is moved there.
 
     Args:
         singular_values: float64, inputs, falling.
@@ -214,15 +217,17 @@ def numerical_rank(singular_values: Tensor, outputs: int, floor: float) -> int:
     rank = 0
     while rank < min(inputs, outputs) and values[rank] > edge(rank):
         rank += 1
-    reach = CLEAR_GAP * edge(rank)
     following = [*values[1:], floor]
-    gaps = [
-        (values[cut - 1] / max(following[cut - 1], 1e-300), cut)
-        for cut in range(1, rank + 1)
-        if following[cut - 1] <= reach
-    ]
-    ratio, cut = max(gaps, default=(0.0, rank))
-    return cut if ratio >= CLEAR_GAP else rank
+    for reach in (CLEAR_GAP * edge(rank), LARGEST_ROUNDING * floor):
+        gaps = [
+            (values[cut - 1] / max(following[cut - 1], 1e-300), cut)
+            for cut in range(1, rank + 1)
+            if following[cut - 1] <= reach
+        ]
+        ratio, cut = max(gaps, default=(0.0, rank))
+        if ratio >= CLEAR_GAP:
+            return cut
+    return rank
 
 
 def rounding_floor(gradient: Tensor, precision: float) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .models.base import FirstInput
-from .token_filter import first_vectors
+from .token_filter import Candidates, first_vectors
 
 # Weight of the ridge in the regression of positions on tokens, as a share of a token's own square.
 RIDGE = 1e-3
@@ -24,6 +24,8 @@ RIDGE = 1e-3
 WEAKEST = 1e-3
 # A token whose largest coefficient is above this stands at one position only, as far as the regression can tell.
 ONCE = 0.8
+# It stands at others only where its coefficient is more than this many deviations. Mistakes are for the search to mend.
+NOISE = 2.0
 # Pairs that are known to stand in different texts, fewer than which say nothing of how alike such pairs may be.
 FEWEST_APART = 20
 # A normal variable's median absolute value times this is its standard deviation.
@@ -118,6 +120,17 @@ class Incidence:
         spread = self.deviation.clamp(min=1e-3).square()
         prior = torch.log(torch.tensor(1.0 / max(len(self.coefficients) - 1, 1), dtype=torch.float64))
         return (self.coefficients - 0.5) / spread + prior
+
+    @property
+    def likely(self) -> Tensor:
+        """Where a token may stand (bool, positions x tokens): anywhere, unless it clearly stands at one position."""
+        once = self.coefficients[1:].max(0).values >= ONCE if len(self.coefficients) > 1 else self.deviation < 0
+        return ~once | (self.coefficients > NOISE * self.deviation)
+
+
+def candidate_tokens(candidates: Candidates) -> Tensor:
+    """The distinct tokens (int64, sorted) that pass the filter anywhere."""
+    return torch.cat(candidates.tokens).unique()
 
 
 def incidence(marginals: Marginals, heads: int) -> Incidence:

@@ -7,7 +7,8 @@ import pytest
 from dager_tutorial import benchmark
 from dager_tutorial.benchmark import bench_accuracy, bench_decoder, bench_scaling, distinct_prefixes
 from dager_tutorial.cli import main
-from dager_tutorial.client import encode
+from dager_tutorial.client import encode, masked_inputs
+from dager_tutorial.errors import DagerError
 from dager_tutorial.reconstruction import Reconstruction
 
 TEXTS = ["the old man walks to the sea", "the old dog sleep", "we had good tea"]
@@ -84,19 +85,39 @@ def test_commands_write_records(tiny_llama, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("dager: error: ")
 
 
-@pytest.mark.parametrize("task", ["classification", "next_token"])
-def test_accuracy_counts_exact_and_false_texts(tiny_llama, random_texts, task, monkeypatch):
-    texts = random_texts(3, 12, 4, 6)
-    (run,) = bench_accuracy(tiny_llama, [("words", 12, texts, None)], task=task)
-    last = 1 if task == "next_token" else 0
-    wanted = [tuple(ids[: len(ids) - last]) for ids in encode(tiny_llama.tokenizer, texts)]
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("tiny_llama", "classification"),
+        ("tiny_llama", "next_token"),
+        ("tiny_bert", "classification"),
+        ("tiny_masked_bert", "masked"),
+    ],
+)
+def test_accuracy_counts_exact_and_false_texts(name, task, random_texts, monkeypatch, request):
+    model, texts = request.getfixturevalue(name), random_texts(3, 12, 4, 6)
+    (run,) = bench_accuracy(model, [("words", 12, texts, None)], task=task)
+    ids = encode(model.tokenizer, texts)
+    seen = masked_inputs(model.tokenizer, ids, 0)[0] if task == "masked" else ids
+    wanted = [tuple(tokens[:-1] if task == "next_token" else tokens) for tokens in seen]
     assert (run.data, run.seed, run.batch_size, run.exact, run.false) == ("words", 12, 3, 1.0, 0)
-    assert run.distinct_prefixes == distinct_prefixes(wanted)
+    assert (run.n_tokens, run.status) == (sum(map(len, ids)), "exact")
+    assert run.rows == (distinct_prefixes(wanted) if name == "tiny_llama" else sum(map(len, wanted)))
     # An attack that returns one text of two and a stray one is reported as such.
     spoilt = Reconstruction((wanted[0], (7, 7)), ("a", "b"), (1.0, 1.0), "partial", seconds={"total": 0.5})
     monkeypatch.setattr(benchmark, "attack", lambda *_, **__: spoilt)
-    (run,) = bench_accuracy(tiny_llama, [("words", 12, texts, None)], task=task)
+    (run,) = bench_accuracy(model, [("words", 12, texts, None)], task=task)
     assert (run.exact, run.false, run.status) == (pytest.approx(1 / 3), 1, "partial")
+    # A text that occurs twice gives its rows once.
+    (run,) = bench_accuracy(model, [("words", 12, [texts[0], texts[0]], None)])
+    assert (run.batch_size, run.rows) == (2, len(ids[0]))
+
+
+def test_decoder_benchmarks_refuse_an_encoder_before_any_work(tiny_bert, monkeypatch):
+    monkeypatch.setattr(benchmark, "client_update", lambda *_, **__: pytest.fail("worked in vain"))
+    for run in (lambda: bench_decoder(tiny_bert, TEXTS, LABELS), lambda: bench_scaling(tiny_bert, [(TEXTS, LABELS)])):
+        with pytest.raises(DagerError, match=r"tiny-bert.*dager bench encoder"):
+            run()
 
 
 def test_the_accuracy_command_prints_a_line_a_batch_and_writes_them(tiny_gpt2, monkeypatch, tmp_path, capsys):

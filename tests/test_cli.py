@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import WORDS
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -53,6 +55,15 @@ def folder(tiny_llama, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def encoder_folder(tiny_masked_bert, tmp_path_factory):
+    """A tiny BERT with a mask token, likewise."""
+    path = tmp_path_factory.mktemp("encoder")
+    tiny_masked_bert.network.save_pretrained(path)
+    tiny_masked_bert.tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
 def update(folder, tmp_path_factory):
     """The update of `TEXTS`, captured by the command line."""
     path = tmp_path_factory.mktemp("update") / "update.safetensors"
@@ -89,6 +100,48 @@ def test_capture_recover_score_give_what_attack_gives(folder, update, tmp_path, 
     assert sorted(read(result)["texts"]) == sorted(TEXTS)
     assert read(score) == {key: read(both)[key] for key in SCORE_KEYS}
     assert read(score)["exact"] == 1 and read(score)["batch_size"] == len(TEXTS)
+
+
+@pytest.mark.parametrize("task", ["classification", "masked"])
+def test_encoders_go_through_the_same_commands(encoder_folder, task, tmp_path, capsys):
+    update, result, score, both = (tmp_path / name for name in ("update", "result.json", "score.json", "both.json"))
+    model, client = ["--model", encoder_folder], [*BATCH, "--task", task, "--seed", "3"]
+    assert main(["capture", *model, *client, "--share", "attention", "--out", str(update)]) == 0
+    assert main(["inspect", str(update), *model]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "room in the span to test whole texts" in shown and "prefix" not in shown
+    assert main(["recover", str(update), *model, "--json", str(result)]) == 0
+    assert main(["score", str(result), *model, *client, "--json", str(score)]) == 0
+    assert main(["attack", *model, *client, "--json", str(both)]) == 0
+    assert read(result)["status"] == "exact"
+    assert sorted(read(result)["sequences"]) == sorted(read(both)["sequences"])
+    assert read(score) == {key: read(both)[key] for key in SCORE_KEYS}
+    assert read(score)["exact"] == 1
+    if task == "masked":  # another seed masks other tokens: what was recovered is not that truth
+        assert main(["score", str(result), *model, *BATCH, "--task", "masked", "--json", str(score)]) == 0
+        assert read(score)["exact"] < 1
+
+
+def test_inspect_promises_of_an_encoder_what_the_attack_keeps(encoder_folder, tmp_path):
+    """Sharing the attention inputs alone, or more tokens than dimensions from few words, leaves single tokens."""
+    first = [f"bert.encoder.layer.0.attention.self.{name}.weight" for name in ("query", "key", "value")]
+    few = [" ".join(random.Random(seed).choices(WORDS[:12], k=10)) for seed in range(8)]
+    many = [" ".join(WORDS[start : start + 9]) for start in range(0, 99, 9)]
+    batches = {
+        "to test whole texts": (TEXTS, "attention"),
+        "without its attention output gradient whole texts cannot": (TEXTS, ",".join(first)),
+        "whole texts cannot: they have about as many as the model is wide": (few, "attention"),
+        "even single tokens hide": (many, "attention"),
+    }
+    for verdict, (texts, share) in batches.items():
+        out, ranks = tmp_path / "update", tmp_path / "ranks.json"
+        batch = [part for text in texts for part in ("--text", text)]
+        assert main(["capture", "--model", encoder_folder, *batch, "--share", share, "--out", str(out)]) == 0
+        assert main(["inspect", str(out), "--model", encoder_folder, "--json", str(ranks)]) == 0
+        said = read(ranks)["verdict"]
+        assert verdict in said and "prefix" not in said
+        assert main(["recover", str(out), "--model", encoder_folder, "--json", str(ranks)]) == 0
+        assert (read(ranks)["status"] == "exact") == said.startswith("exposed")
 
 
 def test_every_option_of_the_client_reaches_it(folder, tmp_path):
@@ -212,6 +265,11 @@ MISTAKES = {
     "--batch-size draws from --data": ["attack", "--model", "MODEL", "--text", "a", "--batch-size", "1"],
     "batch size 999": ["attack", "--model", "MODEL", "--data", "notes", "--batch-size", "999"],
     "--batch-size": ["bench", "decoder", "--model", "MODEL", "--data", "notes", "--batch-size", "0"],
+    "use task 'masked'": ["attack", "--model", "ENCODER", "--text", "a", "--task", "next_token"],
+    "bidirectional model": ["attack", "--model", "MODEL", "--text", "a", "--task", "masked"],
+    "dager bench encoder": ["bench", "scaling", "--model", "ENCODER", "--data", "notes"],
+    "dager bench accuracy": ["bench", "encoder", "--model", "MODEL", "--data", "notes", "--batch-size", "1"],
+    "no polish": ["bench", "encoder", "--model", "ENCODER", "--data", "notes", "--batch-size", "1", "--variant", "x"],
     "--task": ["attack", "--model", "MODEL", "--text", "a", "--task", "translation"],
     "--device": ["recover", "UPDATE", "--model", "MODEL", "--device", "abacus"],
     "texts.tsv": ["attack", "--model", "MODEL", "--data", "texts.tsv"],
@@ -222,10 +280,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("message", "arguments"), MISTAKES.items(), ids=MISTAKES)
-def test_a_mistake_is_one_line(message, arguments, folder, update, tmp_path, capsys, monkeypatch):
+def test_a_mistake_is_one_line(message, arguments, folder, encoder_folder, update, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "UPDATE.json").write_text('{"status": "splendid"}')
-    names = {"MODEL": folder, "UPDATE": update}
+    names = {"MODEL": folder, "ENCODER": encoder_folder, "UPDATE": update}
     line = fail([names.get(argument, argument) for argument in arguments], capsys)
     assert message.lower() in line.lower()
     assert [path.name for path in tmp_path.iterdir()] == ["UPDATE.json"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_models import family
 
-from dager_tutorial.attack import Evidence, evidence_of
 from dager_tutorial.client import client_update, encode
 from dager_tutorial.decoder import PrefixSearch, Tree
+from dager_tutorial.evidence import Evidence, evidence_of
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.base import ATTENTION_OUTPUT, MLP, QKV, DecoderAdapter, LanguageModel
 from dager_tutorial.token_filter import Candidates, filter_tokens

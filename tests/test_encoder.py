@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import WORDS
 
 from dager_tutorial.attack import AttackConfig, attack
 from dager_tutorial.client import client_update, encode, masked_inputs
+from dager_tutorial.encoder_run import EncoderRun
 from dager_tutorial.errors import DagerError
-from dager_tutorial.models.base import LanguageModel
+from dager_tutorial.evidence import evidence_of
+from dager_tutorial.models.base import ATTENTION_OUTPUT, LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.textbook_encoder import textbook_encoder_attack
 from dager_tutorial.update import Update
@@ -137,6 +141,45 @@ def test_what_the_update_does_not_tell(model: LanguageModel, random_texts: Draw)
     crowd = attack(model, client_update(model, random_texts(16, 1)))
     assert crowd.status == "saturated"
     assert crowd.sequences == ()
+
+
+@every(["tiny_bert"])
+def test_nothing_is_reported_that_no_deeper_tap_confirms(model: LanguageModel, random_texts: Draw) -> None:
+    """A span taken too large lets texts cut short pass in block 0: the deeper blocks must refuse them."""
+    texts = random_texts(2, 11, 5, 7)
+    evidence = evidence_of(model, client_update(model, texts))
+    run = EncoderRun(model, evidence, AttackConfig(time_budget=20), None, time.perf_counter())
+    tap = evidence.adapter.tap(0, ATTENTION_OUTPUT)
+    span = evidence.span(0, ATTENTION_OUTPUT)
+    assert span is not None
+    evidence.spans[tap] = replace(span, rank=span.rank + 25)
+    assert set(run.search().sequences) <= truth(model, texts)
+    deeper = {name: tensor for name, tensor in evidence.gradients.items() if "layer.0.attention" in name}
+    alone = EncoderRun(
+        model, replace(evidence, gradients=deeper, spans={}), AttackConfig(), None, time.perf_counter()
+    ).search()
+    assert (alone.status, alone.sequences) == ("partial", ())
+
+
+@every(["tiny_bert"])
+@pytest.mark.parametrize("size", [5, 6, 8, 16])
+def test_batches_about_as_large_as_the_width_yield_nothing_false(model: LanguageModel, size: int) -> None:
+    """60 to 192 rows in 64 dimensions, of few words: the spans are full or nearly so, and nothing may be guessed."""
+    draw = random.Random(size)
+    texts = [" ".join(draw.choices(WORDS[:12], k=10)) for _ in range(size)]
+    found = attack(model, client_update(model, texts), config=AttackConfig(time_budget=20))
+    assert set(found.sequences) <= truth(model, texts)
+    assert found.status != "exact"
+
+
+def test_one_block_holds_no_whole_texts(random_texts: Draw) -> None:
+    """The last block's attention output has rows of what the loss reads only."""
+    from dager_tutorial.models.zoo import load_model
+
+    shallow = load_model("minilm-l6", blocks=1)
+    found = attack(shallow, client_update(shallow, random_texts(2, 1), share="attention"))
+    assert (found.status, found.sequences) == ("partial", ())
+    assert "load more blocks" in found.diagnosis
 
 
 @every(["tiny_bert"])

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from test_models import family, shake
 from torch import Tensor
 
-from dager_tutorial.attack import evidence_of
 from dager_tutorial.client import client_update, encode
+from dager_tutorial.evidence import evidence_of
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.base import ATTENTION_OUTPUT, QKV, LanguageModel
 from dager_tutorial.subspace import Span, chi_square_bound, numerical_rank, span_of
@@ -254,6 +254,17 @@ def test_numerical_rank_of_low_rank_plus_noise(outputs: int, inputs: int, rank: 
     assert rank <= numerical_rank(values, outputs, 0.0) <= rank + 1
 
 
+def test_noise_whose_own_spectrum_falls_steeply_is_no_signal() -> None:
+    """Rounding noise may fall over many orders of magnitude itself: its values pass each other's edges, not the gap.
+
+    Seen in the attention output of a random BERT, B = 1: the noise begins 29 times above the rounding floor.
+    """
+    floor = 5e-8
+    signal = torch.logspace(0, -1.7, 36, dtype=torch.float64)
+    noise = torch.logspace(math.log10(29 * floor), -12, 732, dtype=torch.float64)
+    assert numerical_rank(torch.cat([signal, noise]), 768, floor) == 36
+
+
 def test_numerical_rank_of_extremes() -> None:
     full = torch.logspace(0, -3, 20, dtype=torch.float64)
     assert numerical_rank(full, 400, 1e-9) >= 19  # a last value alone cannot be told from noise
@@ -296,3 +307,14 @@ def test_the_complement_screen_keeps_a_residuals_square(model: LanguageModel, ra
     assert float((true @ span.screen(16, torch.Generator().manual_seed(2))).abs().max()) < 1e-4
     everything = vectors @ span.screen(10**6, torch.Generator())
     torch.testing.assert_close(everything.square().sum(1), rest.square().sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_weak_signal_above_a_clear_gap_counts() -> None:
+    """A direction far below the others and far above the noise, as the bias of a layer norm may be, is signal.
+
+    Seen in block 0 of MiniLM, B = 4: 2e-2, then 6e-5, then rounding of 6e-7.
+    """
+    floor = 6.5e-8
+    signal = torch.cat([torch.logspace(1, -1.6, 47, dtype=torch.float64), torch.tensor([6.4e-5], dtype=torch.float64)])
+    noise = torch.logspace(math.log10(6.4e-7), math.log10(2e-7), 336, dtype=torch.float64)
+    assert numerical_rank(torch.cat([signal, noise]), 1152, floor) == 48

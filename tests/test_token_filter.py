@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_models import family, shake
 
-from dager_tutorial.attack import evidence_of
 from dager_tutorial.client import client_update, encode
+from dager_tutorial.evidence import evidence_of
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.base import QKV, LanguageModel
 from dager_tutorial.subspace import Span
