@@ -28,7 +28,7 @@ from transformers import (
 
 from .errors import DagerError, UpdateError
 from .models import Adapter, LanguageModel, adapter_for
-from .models.base import ATTENTION_OUTPUT, QKV
+from .models.base import ATTENTION_OUTPUT, QKV, frame_ids
 from .update import Update, quote
 
 TASKS = ("classification", "next_token", "masked")
@@ -205,16 +205,6 @@ def _corrupted(token: int, mask: int, ordinary: Sequence[int], chance: random.Ra
     if draw < _MASKED:
         return mask
     return chance.choice(ordinary) if draw < _MASKED + _RANDOM else token
-
-
-def frame_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that frame or pad a text. An unknown word or a mask is not among them: it is part of its text.
-
-    Args:
-        tokenizer: The model's tokenizer.
-    """
-    names = ("bos", "eos", "cls", "sep", "pad")
-    return frozenset(getattr(tokenizer, f"{name}_token_id") for name in names) - {None}
 
 
 def _check_options(**given: str) -> None:

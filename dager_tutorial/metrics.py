@@ -17,9 +17,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 
-from .client import TASKS, encode, frame_ids, masked_inputs
+from .client import TASKS, encode, masked_inputs
 from .errors import DagerError
-from .models.base import LanguageModel
+from .models.base import LanguageModel, frame_ids
 from .reconstruction import Reconstruction
 from .update import quote
 

@@ -17,7 +17,7 @@ class Reconstruction:
     Attributes:
         sequences: Token ids of each recovered text, special tokens included as the model saw them, pads
             never.
-        texts: The same, decoded, special tokens left out.
+        texts: The same, decoded, without the tokens that frame a text.
         scores: Calibrated residual ratio of each sequence: about 1 when it is true, larger is worse.
         status: ``exact`` (every token of the span is explained), ``partial``, ``saturated`` (the rank reached
             the hidden size; evidence used anyway), ``no_signal`` (zero or missing gradients) or

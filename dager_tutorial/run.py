@@ -85,7 +85,7 @@ class Run(ABC):
         self.seconds["total"] = time.perf_counter() - self.begin
         return Reconstruction(
             sequences=outcome.sequences,
-            texts=tuple(self.model.tokenizer.decode(ids, skip_special_tokens=True) for ids in outcome.sequences),
+            texts=tuple(map(self.model.text_of, outcome.sequences)),
             scores=outcome.scores,
             status=outcome.status,
             diagnosis=outcome.diagnosis,

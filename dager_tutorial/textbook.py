@@ -391,7 +391,7 @@ def textbook_reconstruction(
     durations = [end - start for start, end in pairwise(times)]
     return Reconstruction(
         sequences=tuple(scores),
-        texts=tuple(model.tokenizer.decode(text, skip_special_tokens=True) for text in scores),
+        texts=tuple(map(model.text_of, scores)),
         scores=tuple(scores.values()),
         status=status,
         diagnosis=diagnosis,

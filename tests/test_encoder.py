@@ -61,6 +61,16 @@ def test_batches_are_exact(model: LanguageModel, task: str, random_texts: Draw) 
         assert max(found.scores) < 10
 
 
+@every(["tiny_masked_bert"])
+def test_masks_and_unknown_words_are_seen_in_the_texts(model: LanguageModel) -> None:
+    found = attack(model, client_update(model, ["the cat zzyzx the dog"]))
+    unknown = model.tokenizer.unk_token
+    assert found.texts == (f"the cat {unknown} the dog",)
+    found = attack(model, client_update(model, ["the cat saw the dog"], task="masked"))
+    assert model.tokenizer.mask_token in found.texts[0]
+    assert not any(frame in found.texts[0] for frame in (model.tokenizer.cls_token, model.tokenizer.sep_token))
+
+
 @every(["tiny_bert"])
 def test_words_that_repeat_within_and_between_texts(model: LanguageModel) -> None:
     """Words that stand several times, in one text or in all, at one position or at many."""

@@ -267,6 +267,16 @@ class EncoderAdapter(Adapter):
         """The next block's inputs (... x width), of the vectors that enter the MLP (... x width)."""
 
 
+def frame_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that frame or pad a text. An unknown word or a mask is not among them: it is part of its text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+    """
+    names = ("bos", "eos", "cls", "sep", "pad")
+    return frozenset(getattr(tokenizer, f"{name}_token_id") for name in names) - {None}
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """A headless transformer with its tokenizer: all that server and client agree on.
@@ -285,3 +295,12 @@ class LanguageModel:
     def device(self) -> torch.device:
         """The device that the backbone lives on."""
         return next(self.network.parameters()).device
+
+    def text_of(self, ids: Iterable[int]) -> str:
+        """The text of some tokens, without what frames it; unknown words and masks are shown.
+
+        Args:
+            ids: Token ids.
+        """
+        frame = frame_ids(self.tokenizer)
+        return str(self.tokenizer.decode([token for token in ids if token not in frame]))
