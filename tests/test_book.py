@@ -137,6 +137,13 @@ def test_a_chapter_follows_the_recipe(path):
     assert len([cell for cell in read(path).cells if "slide" in tags(cell)]) >= 5
 
 
+@pytest.mark.parametrize("path", CHAPTERS[1:6], ids=lambda path: path.stem)
+def test_a_chapter_has_something_to_move(path):
+    assert any(re.search(r"^explore\($", cell.source, re.MULTILINE) for cell in code_cells(path))
+    drawn = [output.get("data", {}).get("text/html", "") for cell in code_cells(path) for output in cell.outputs]
+    assert any('class="dager-explore"' in page and 'type="range"' in page for page in drawn)
+
+
 def exercises() -> list[Any]:
     """Name, notebook, index of the stub's cell and of the solution's."""
     found = []
