@@ -33,7 +33,7 @@ MOST_MEMORY = 1.5  # GB a notebook
 PROBE = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 # Threads change the rounding of sums, and a kernel on each core would fight for all of them.
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONHASHSEED": "0",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -162,6 +162,7 @@ PAGE = """<!doctype html>
 .reveal pre {{ width: auto; font-size: 0.6em; box-shadow: none; background: #f4f4f4; padding: 0.6em; }}
 .reveal ul {{ margin-left: 1em; }}
 .reveal li {{ margin-bottom: 0.3em; }}
+mjx-assistive-mml {{ contain: strict; }} /* unseen, for screen readers: takes no room on a slide */
 .dager-explore {{ text-align: center; }}
 {code}
 </style>

@@ -38,7 +38,9 @@ def grow(function: Callable[[list[int], Test, int], Iterable[Prefix]]) -> None:
         true = prefixes(texts)
         asked: list[Prefix] = []
 
-        def is_confirmed(candidates: Sequence[Prefix], true: set[Prefix] = true, log: list[Prefix] = asked) -> list[bool]:
+        def is_confirmed(
+            candidates: Sequence[Prefix], true: set[Prefix] = true, log: list[Prefix] = asked
+        ) -> list[bool]:
             log.extend(candidates)
             return [candidate in true for candidate in candidates]
 
@@ -62,7 +64,7 @@ def next_output(function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Ten
         queries, keys, values = (torch.randn(length + 1, 8, generator=draw) for _ in range(3))
         whole = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         found = answer(function, keys[:-1], values[:-1], queries[-1], keys[-1], values[-1])
-        hint = "An empty prefix leaves the token's own value." if not length else "Scale, softmax, and the token's own key."
+        hint = "Scale, softmax, and the token's own key." if length else "An empty prefix leaves its own value."
         close(found, whole[-1], "the output", hint=hint)
     passed(function)
 
