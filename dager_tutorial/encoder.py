@@ -10,7 +10,9 @@ of block 0 and deeper blocks: a guess is never reported.
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +26,10 @@ from .subspace import Span
 from .token_filter import Candidates, first_vectors
 from .unmixing import Incidence, candidate_tokens
 
-# Equations of one relaxation: several hundred decide between thousands of candidates, more only cost time.
-EQUATIONS = 480
+# Equations of one relaxation. Several hundred decide between thousands of candidates where enough tokens are known;
+# what they leave open is tried once more with as many as memory allows, up to the second number.
+EQUATIONS = (480, 1440)
+FEWEST = 240
 QUERIES = 16
 # A weight above this settles a position for the next round.
 SETTLED = 0.9
@@ -33,8 +37,12 @@ ROUNDS = 3
 # Directions in which the polish measures what lies outside the span.
 POLISH_DIRECTIONS = 48
 SWEEPS = 3
+# Texts of so few tokens are lost among the weights of longer ones: every length is tried.
+SHORT = 8
 # Seeds in a row that lead to no text before the search gives up.
 FAILURES = 40
+
+Pair = tuple[int, int]
 
 PARTS = frozenset({"incidence", "relaxation", "polish"})
 
@@ -89,7 +97,7 @@ class TextSearch:
     ) -> None:
         self.adapter, self.span, self.confirming = adapter, span, confirming
         self.expected_rows, self.deadline, self.progress, self.parts = expected_rows, deadline, progress, parts
-        self.widest = memory // (8 * adapter.num_heads * EQUATIONS)
+        self.memory = memory
         self.generator = torch.Generator().manual_seed(seed)
         self.tokens = candidate_tokens(candidates)
         self.together = None if together is None or "incidence" not in parts else together
@@ -100,30 +108,48 @@ class TextSearch:
         self.sketch = self._mixture(POLISH_DIRECTIONS).float()
         self.found: list[Text] = []
         self.texts: list[tuple[int, ...]] = []
-        self.forbidden: tuple[int, int] | None = None
+        self.forbidden: Pair | None = None
 
     def run(self) -> list[Text]:
         """All texts that were found, in the order of their discovery."""
-        self._try(self._unexplained())
-        self._try(self._overlapping())
+        self._try(self._unexplained(self._gregarious(operator.le)), self._quickly)
+        self._try(self._unexplained(self._gregarious(operator.eq)), self._among_companions)
+        self._try(self._unexplained(self.order), self._text_of)
+        self._try(self._overlapping(), self._text_of)
         return self.found
 
-    def _try(self, seeds: Iterable[tuple[int, int]]) -> None:
+    def _try(self, seeds: Iterable[Pair], solve: Callable[[Pair], tuple[int, ...] | None]) -> None:
         """Look for the text of each seed, until all rows are explained or too many seeds in a row lead to nothing."""
         failures = 0
-        for position, token in seeds:
+        for seed in seeds:
             if self._done() or failures >= FAILURES:
                 break
-            text = self._text_of(position, token)
+            text = solve(seed)
             failures = 0 if text is not None and self._keep(text) else failures + 1
 
-    def _unexplained(self) -> Iterator[tuple[int, int]]:
-        """Pairs (position, token) that are in no text found so far, the surest first."""
-        for pair in self.order:
+    def _gregarious(self, known_from: Callable[[set[Pair], set[Pair]], bool]) -> Iterator[Pair]:
+        """Pairs (position, token) with companions, the most companions first: the more is known, the less is open.
+
+        A pair whose company is known from another's, as the same or as a part of it, is left out.
+        """
+        if self.together is None or "relaxation" not in self.parts:
+            return
+        count, places = self.together.sum(1), self.coefficients.argmax(0).tolist()
+        seen: list[set[Pair]] = []
+        for token in count.argsort(descending=True, stable=True)[: int((count > 0).sum())].tolist():
+            pair = (places[token], token)
+            company = {pair, *self._companions(pair).items()}
+            if not any(known_from(company, other) for other in seen):
+                seen.append(company)
+                yield pair
+
+    def _unexplained(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
+        """Those pairs (position, token) that are in no text found so far."""
+        for pair in pairs:
             if not any(pair[0] < len(text) and text[pair[0]] == pair[1] for text in self.texts):
                 yield pair
 
-    def _overlapping(self) -> Iterator[tuple[int, int]]:
+    def _overlapping(self) -> Iterator[Pair]:
         """Pairs of found texts, each while one other pair of that text is forbidden: it may belong to two texts.
 
         A text all of whose pairs stand in others too, as one that begins another and ends like a third, is found so.
@@ -158,7 +184,7 @@ class TextSearch:
 
     # Evidence and tables
 
-    def _evidence(self, incidence: Incidence | None) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    def _evidence(self, incidence: Incidence | None) -> tuple[Tensor, Tensor, list[Pair]]:
         """Coefficients and likely pairs (both positions x tokens), and the pairs in the order in which to try them."""
         if incidence is None or "incidence" not in self.parts:
             flat = torch.zeros(self.wide.shape, dtype=torch.float64, device=self.tokens.device)
@@ -186,47 +212,72 @@ class TextSearch:
         free = self.outside.shape[1]
         if count >= free:
             return self.outside
-        mix = torch.randn(free, count, generator=self.generator, dtype=torch.float64).to(self.outside.device)
-        return self.outside @ torch.linalg.qr(mix).Q
+        mix = torch.randn(len(self.outside), count, generator=self.generator, dtype=torch.float64)
+        # Drawn outside any basis: rounding turns the basis, and the mixtures must be the same on every machine.
+        return torch.linalg.qr(self.outside @ (self.outside.T @ mix.to(self.outside.device))).Q
 
     # One text
 
-    def _text_of(self, position: int, token: int) -> tuple[int, ...] | None:
-        """The text in which a token stands at a position, as indices into `tokens`; None where none is confirmed."""
-        known = {position: token}
-        first = self.wide[0].nonzero()[:, 0]
-        if len(first) == 1:
-            known[0] = int(first[0])
-        if "relaxation" not in self.parts:
-            return self._mended(self._likeliest(known), known)
-        companions = self._companions(known)
-        beginnings = [(companions | known, self.likely)] if companions else []
-        beginnings += [(known, self.likely), (known, self.wide)]
-        for fixed, allowed in beginnings:
-            text = self._grown(fixed, allowed)
-            if text is not None:
-                return text
-        return None
+    def _quickly(self, seed: Pair) -> tuple[int, ...] | None:
+        """The text of a seed in one round of few equations: with its companions or, as one may be wrong, without."""
+        known = self._known(seed)
+        beginnings = (self._companions(seed) | known, known)
+        return self._first(self._grown(beginning, self.likely, EQUATIONS[0], 1) for beginning in beginnings)
 
-    def _companions(self, known: Mapping[int, int]) -> dict[int, int]:
-        """Tokens that surely stand in the text of the known ones, each where it surely stands."""
+    def _among_companions(self, seed: Pair) -> tuple[int, ...] | None:
+        """The text of a seed and its companions, of many equations and in several rounds."""
+        return self._grown(self._companions(seed) | self._known(seed), self.likely, EQUATIONS[1], ROUNDS)
+
+    def _text_of(self, seed: Pair) -> tuple[int, ...] | None:
+        """The text in which a token stands at a position, as indices into `tokens`; None where none is confirmed."""
+        known = self._known(seed)
+        if "relaxation" not in self.parts:
+            return self._mended(self._likeliest(known))
+        grown = (self._grown(known, allowed, EQUATIONS[0], ROUNDS) for allowed in (self.likely, self.wide))
+        return self._first(itertools.chain(grown, self._short(known)))
+
+    def _short(self, known: Mapping[int, int]) -> Iterator[tuple[int, ...] | None]:
+        """Texts of a few tokens: what is heaviest, cut at each length, and mended."""
+        solution = self._relaxed(known, self.likely, EQUATIONS[0]) if max(known) < SHORT else None
+        if solution is not None and "polish" in self.parts:
+            for length in range(max(known) + 1, min(SHORT, len(solution[0])) + 1):
+                yield self._mended(solution[0][:length])
+
+    @staticmethod
+    def _first(texts: Iterable[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+        return next((text for text in texts if text is not None), None)
+
+    def _known(self, seed: Pair) -> dict[int, int]:
+        """Position to token: the seed, and the token that begins every text where there is just one."""
+        first = self.wide[0].nonzero()[:, 0].tolist()
+        return dict([seed]) | ({0: first[0]} if len(first) == 1 else {})
+
+    def _companions(self, seed: Pair) -> dict[int, int]:
+        """Tokens that surely stand in the text of a seed, each where it surely stands.
+
+        One that is the mate of few others is left out: the others are mates of each other, and it may be a mistake. So
+        are two that would stand at one position.
+        """
         if self.together is None:
             return {}
-        mates = self.together[list(known.values())].any(0).nonzero()[:, 0]
+        mates = self.together[seed[1]].nonzero()[:, 0]
+        if len(mates):
+            links = self.together[mates][:, mates].sum(1).double()
+            mates = mates[links >= links.median() / 2]
         places = self.coefficients[:, mates].argmax(0)
-        strongest = self.coefficients[places, mates].argsort()
-        return {int(places[index]): int(mates[index]) for index in strongest}
+        alone = torch.bincount(places, minlength=1)[places] == 1
+        return dict(zip(places[alone].tolist(), mates[alone].tolist(), strict=True))
 
-    def _grown(self, known: Mapping[int, int], allowed: Tensor) -> tuple[int, ...] | None:
+    def _grown(self, known: Mapping[int, int], allowed: Tensor, equations: int, rounds: int) -> tuple[int, ...] | None:
         """Solve for the text around known tokens; what is settled becomes known, until nothing new is."""
-        for _ in range(ROUNDS):
-            solution = self._relaxed(known, allowed)
+        for _ in range(rounds):
+            solution = self._relaxed(known, allowed, equations)
             if solution is None:
                 return None
             text, weights = solution
             if sum(weight > 0.5 for weight in weights) < len(weights) / 2:
                 return None
-            mended = self._mended(text, known)
+            mended = self._mended(text)
             if mended is not None:
                 return mended
             settled = {place: item for place, item in enumerate(text) if weights[place] > SETTLED} | dict(known)
@@ -235,7 +286,9 @@ class TextSearch:
             known, allowed = settled, self.wide
         return None
 
-    def _relaxed(self, known: Mapping[int, int], allowed: Tensor) -> tuple[tuple[int, ...], list[float]] | None:
+    def _relaxed(
+        self, known: Mapping[int, int], allowed: Tensor, equations: int
+    ) -> tuple[tuple[int, ...], list[float]] | None:
         """Solve for the text around known tokens: the heaviest candidate of each position and its weight."""
         allowed = allowed.clone()
         if self.forbidden is not None:
@@ -244,41 +297,45 @@ class TextSearch:
             allowed[place] = False
             allowed[place, token] = True
         places, tokens = allowed.nonzero().T
-        if len(places) > self.widest:
+        equations = min(equations, self._affordable(len(places)))
+        if equations < FEWEST:
             return None
         asked = sorted(known)[:: math.ceil(len(known) / QUERIES)]
-        directions = self._mixture(EQUATIONS)
+        directions = self._mixture(equations)
         queries = self.query[asked, [known[place] for place in asked]]
         scores = torch.einsum("qhw,chw->qhc", queries, self.key[places, tokens]).double() * self.adapter.scaling(0)
         attention = (scores - scores.amax(2, keepdim=True)).exp()
         heads = directions.unflatten(0, queries.shape[1:])
         outside = torch.einsum("chw,hwd->hcd", self.value[places, tokens].double(), heads)
         optional = torch.arange(len(allowed), device=places.device) > max(known)
-        weights = relax(attention, outside, places, optional, math.ceil(EQUATIONS / len(asked))).weights
+        weights = relax(attention, outside, places, optional, math.ceil(equations / len(asked))).weights
         return _heaviest(places, tokens, weights, len(allowed))
+
+    def _affordable(self, candidates: int) -> int:
+        """How many equations fit into memory: tables of heads x directions and four of equations, each x candidates."""
+        numbers, heads = self.memory // (8 * candidates), self.adapter.num_heads
+        return max(numbers // (heads + 4), (numbers - heads * self.outside.shape[1]) // 4)
 
     def _likeliest(self, known: Mapping[int, int]) -> tuple[int, ...]:
         """The token of the largest coefficient at each position, up to the last position that has one."""
         best = self.coefficients.masked_fill(~self.wide, -math.inf).argmax(1).tolist()
         return tuple(known.get(place, token) for place, token in enumerate(best))
 
-    def _mended(self, text: tuple[int, ...], known: Mapping[int, int]) -> tuple[int, ...] | None:
+    def _mended(self, text: tuple[int, ...]) -> tuple[int, ...] | None:
         """The text itself or what coordinate descent makes of it, if all of its rows are confirmed."""
         if self._confirmed(text):
             return text
         if "polish" not in self.parts or len(text) < 2:
             return None
-        text = self._polished(text, known)
+        text = self._polished(text)
         return text if self._confirmed(text) else None
 
-    def _polished(self, text: tuple[int, ...], known: Mapping[int, int]) -> tuple[int, ...]:
+    def _polished(self, text: tuple[int, ...]) -> tuple[int, ...]:
         """Replace one token after the other by the one that leaves the least outside the span."""
         best = math.inf
         for _ in range(SWEEPS):
             before = best
             for place in range(len(text)):
-                if place in known:
-                    continue
                 choices = self.wide[place].nonzero()[:, 0]
                 energies = self._energies(text, place, choices)
                 lowest = int(energies.argmin())

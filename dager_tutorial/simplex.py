@@ -68,10 +68,12 @@ class _InteriorPoint:
         settled = (sizes[slots] == 1) & ~optional[slots]
         self.settled, self.open = settled.nonzero()[:, 0], (~settled).nonzero()[:, 0]
         self.candidates = torch.cat([self.settled, self.open])
-        seen = _in_turn(len(attention), outside.shape[2], measured).to(slots.device)
-        # queries x heads x directions x candidates: the settled ones first, then those that are alive.
-        by_direction = outside[:, self.candidates].transpose(1, 2).contiguous()
-        self.outside = torch.stack([by_direction[:, part] for part in seen])
+        # Each query is measured in the next `count` directions, after the last one from the first again.
+        self.count = outside.shape[2] if measured is None else min(measured, outside.shape[2])
+        self.starts = [query * self.count % outside.shape[2] for query in range(len(attention))]
+        turn = torch.arange(outside.shape[2] + self.count, device=slots.device) % outside.shape[2]
+        # heads x directions x candidates: the settled ones first, then those that are alive.
+        self.outside = outside[:, self.candidates].transpose(1, 2)[:, turn[: max(self.starts) + self.count]]
         self.attention = attention[:, :, self.candidates]
         slacks = (optional & (sizes > 0)).nonzero()[:, 0]
         groups = torch.cat([slots[self.open], slacks]).unique(return_inverse=True)[1]
@@ -103,17 +105,20 @@ class _InteriorPoint:
         known, count = len(self.settled), len(self.open)
         weights = torch.cat([self.weights.new_ones(known), self.weights[:count]])
         shares = self.attention / (self.attention @ weights)[..., None]
-        per_head = (self.outside @ (shares * weights)[..., None])[..., 0]
+        measured = [self.outside[:, start : start + self.count] for start in self.starts]
+        per_head = torch.stack([part @ each[..., None] for part, each in zip(measured, shares * weights, strict=True)])
         # The derivative of a ratio: each candidate's part, less its share of what there is.
-        jacobian = -per_head.transpose(1, 2) @ shares
-        for head in range(shares.shape[1]):
-            jacobian.addcmul_(shares[:, head, None], self.outside[:, head])
-        left = per_head.sum(1)
+        jacobian = -per_head[..., 0].transpose(1, 2) @ shares
+        for rows, part, share in zip(jacobian, measured, shares, strict=True):
+            for head, mine in zip(part, share, strict=True):
+                rows.addcmul_(mine, head)
+        left = per_head[..., 0].sum(1)
         if self.scale is None:
             self.scale = jacobian.square().sum(1).mean(1).sqrt().clamp(min=1e-300)[:, None]
-        open_rows = (jacobian[:, :, known:] / self.scale[..., None]).flatten(0, 1)
-        slacks = open_rows.new_zeros(len(open_rows), len(self.weights) - count)
-        rows = torch.cat([torch.cat([open_rows, slacks], 1), CONSTRAINT * self.constraints])
+        measures = len(jacobian) * self.count
+        rows = jacobian.new_zeros(measures + len(self.constraints), len(self.weights))
+        rows[:measures, :count] = jacobian.div_(self.scale[..., None])[:, :, known:].flatten(0, 1)
+        rows[measures:] = CONSTRAINT * self.constraints
         return rows, torch.cat([(left / self.scale).flatten(), CONSTRAINT * (self.constraints @ self.weights - 1)])
 
     def _step(self, rows: Tensor, left: Tensor) -> bool:
@@ -159,12 +164,6 @@ class _InteriorPoint:
             self.outside[..., columns],
         )
         self.weights, self.dual, self.constraints = self.weights[keep], self.dual[keep], self.constraints[:, keep]
-
-
-def _in_turn(queries: int, directions: int, measured: int | None) -> Tensor:
-    """Which directions (int64, queries x measured) each query is measured in: the next ones, from the start again."""
-    count = directions if measured is None else min(measured, directions)
-    return (torch.arange(queries)[:, None] * count + torch.arange(count)) % directions
 
 
 def _longest(values: Tensor, change: Tensor) -> float:

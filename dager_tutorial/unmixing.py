@@ -187,7 +187,8 @@ def same_text(marginals: Marginals, heads: int, where: Incidence) -> Tensor:
     rows = rows / rows.norm(dim=3, keepdim=True).clamp(min=1e-300)
     cosines = torch.einsum("achw,bchw->cab", rows, rows) / rows.shape[2]
     best = where.coefficients.max(0)
-    once = (best.values - 1).abs() <= 1 - ONCE
+    second = where.coefficients.topk(min(2, len(where.coefficients)), dim=0).values[-1]
+    once = ((best.values - 1).abs() <= 1 - ONCE) & (second < ONCE / 2)
     pairs = once[:, None] & once & ~torch.eye(len(once), dtype=torch.bool, device=once.device)
     apart = pairs & (best.indices[:, None] == best.indices)
     if int(apart.sum()) < 2 * FEWEST_APART:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import WORDS
+from torch import Tensor
 
 from dager_tutorial.attack import AttackConfig, attack
 from dager_tutorial.client import client_update, encode, masked_inputs
@@ -19,6 +20,7 @@ from dager_tutorial.evidence import evidence_of
 from dager_tutorial.models.base import ATTENTION_OUTPUT, LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.textbook_encoder import textbook_encoder_attack
+from dager_tutorial.unmixing import Incidence, Marginals
 from dager_tutorial.update import Update
 
 Draw = Callable[..., list[str]]
@@ -124,6 +126,22 @@ def test_parts_can_be_left_out(model: LanguageModel, part: str, random_texts: Dr
     assert (found.status == "exact") == (set(found.sequences) == truth(model, texts))
     with pytest.raises(DagerError, match="without names 'magic'"):
         AttackConfig(without=frozenset({"magic"}))
+
+
+@every(["tiny_bert"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_wrong_mates_cost_no_text(
+    model: LanguageModel, share: float, random_texts: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which tokens stand together is advice: none, some at random or all, the texts are the same."""
+
+    def advice(marginals: Marginals, heads: int, where: Incidence) -> Tensor:
+        draw = torch.rand(len(marginals.tokens), len(marginals.tokens), generator=torch.Generator().manual_seed(0))
+        return (draw + draw.T) / 2 < share
+
+    monkeypatch.setattr("dager_tutorial.encoder_run.same_text", advice)
+    texts = random_texts(4, 3, 3, 7)
+    check_exact(attack(model, client_update(model, texts)), truth(model, texts))
 
 
 @every(["tiny_bert"])

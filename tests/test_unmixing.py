@@ -14,7 +14,7 @@ from dager_tutorial.evidence import evidence_of
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.base import QKV, EncoderAdapter, LanguageModel
 from dager_tutorial.token_filter import first_vectors
-from dager_tutorial.unmixing import incidence, mate_residual, unmix
+from dager_tutorial.unmixing import Incidence, Marginals, incidence, mate_residual, same_text, unmix
 
 Draw = Callable[..., list[str]]
 
@@ -157,3 +157,21 @@ def test_a_sentence_as_long_as_a_head_is_wide_has_any_gradient(tiny_bert: Langua
     )
     assert float(mate_residual(rows, keys_and_queries(adapter, long)[1]).max()) < 1e-6
     assert float(mate_residual(rows, keys_and_queries(adapter, short)[1]).min()) > 0.3
+
+
+def test_rows_of_one_text_are_called_together() -> None:
+    """Two texts of 30 tokens, a token of each at every position; but one stands at two positions, or may."""
+    heads, draw = 6, torch.Generator().manual_seed(0)
+    texts = torch.randn(2, heads * 16, generator=draw, dtype=torch.float64)
+    rows = torch.cat([text + 0.5 * torch.randn(30, heads * 16, generator=draw) for text in texts])
+    coefficients = torch.cat([torch.eye(30), torch.eye(30)], dim=1).double()
+    marginals = Marginals(rows, None, 0.0, 1.0)
+
+    mates = same_text(marginals, heads, Incidence(coefficients, torch.full((60,), 0.05)))
+    own = torch.block_diag(torch.ones(30, 30), torch.ones(30, 30)).bool() & ~torch.eye(60).bool()
+    assert (mates & own).sum() > max(0.9 * mates.sum(), 0.5 * own.sum())
+    assert mates.equal(mates.T) and mates[3].any()
+
+    coefficients[7, 3] = 0.9
+    mates = same_text(marginals, heads, Incidence(coefficients, torch.full((60,), 0.05)))
+    assert not mates[3].any() and mates[4].any()
