@@ -10,7 +10,6 @@ of block 0 and deeper blocks: a guess is never reported.
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 import time
@@ -27,7 +26,8 @@ from .token_filter import Candidates, first_vectors
 from .unmixing import Incidence, candidate_tokens
 
 # Equations of one relaxation. Several hundred decide between thousands of candidates where enough tokens are known;
-# what they leave open is tried once more with as many as memory allows, up to the second number.
+# what they leave open is tried once more with as many as memory allows, up to the second number; below
+# FEWEST nothing is tried.
 EQUATIONS = (480, 1440)
 FEWEST = 240
 QUERIES = 16
@@ -42,7 +42,8 @@ SHORT = 8
 # Seeds in a row that lead to no text before the search gives up.
 FAILURES = 40
 
-Pair = tuple[int, int]
+Pair = tuple[int, int]  # position and token
+Solution = tuple[tuple[int, ...], list[float]]  # a text, and the weight of each of its tokens
 
 PARTS = frozenset({"incidence", "relaxation", "polish"})
 
@@ -72,7 +73,7 @@ class TextSearch:
         span: Span of block 0's attention output map.
         confirming: Spans that hold every row of the batch, by their taps; each row of a text must lie in all of them.
         expected_rows: How many rows the batch has, where a rank tells.
-        memory: Bytes that one relaxation's table may take: what would need more is not tried.
+        memory: Bytes that one relaxation's tables may take: where it is short there are fewer equations, or none.
         deadline: `time.perf_counter()` at which to stop; None for never.
         seed: Seed of the random mixtures of equations.
         progress: Called with rows explained and rows expected, or None.
@@ -233,15 +234,16 @@ class TextSearch:
         known = self._known(seed)
         if "relaxation" not in self.parts:
             return self._mended(self._likeliest(known))
-        grown = (self._grown(known, allowed, EQUATIONS[0], ROUNDS) for allowed in (self.likely, self.wide))
-        return self._first(itertools.chain(grown, self._short(known)))
+        return self._first(self._alone(known))
 
-    def _short(self, known: Mapping[int, int]) -> Iterator[tuple[int, ...] | None]:
-        """Texts of a few tokens: what is heaviest, cut at each length, and mended."""
-        solution = self._relaxed(known, self.likely, EQUATIONS[0]) if max(known) < SHORT else None
-        if solution is not None and "polish" in self.parts:
-            for length in range(max(known) + 1, min(SHORT, len(solution[0])) + 1):
-                yield self._mended(solution[0][:length])
+    def _alone(self, known: Mapping[int, int]) -> Iterator[tuple[int, ...] | None]:
+        """What a seed without companions leads to; last, as for a text of a few tokens, cut at each length."""
+        narrow = self._relaxed(known, self.likely, EQUATIONS[0])
+        yield self._grown(known, self.likely, EQUATIONS[0], ROUNDS, narrow)
+        yield self._grown(known, self.wide, EQUATIONS[0], ROUNDS)
+        if narrow is not None and "polish" in self.parts:
+            for length in range(max(known) + 1, min(SHORT, len(narrow[0])) + 1):
+                yield self._mended(narrow[0][:length])
 
     @staticmethod
     def _first(texts: Iterable[tuple[int, ...] | None]) -> tuple[int, ...] | None:
@@ -268,10 +270,20 @@ class TextSearch:
         alone = torch.bincount(places, minlength=1)[places] == 1
         return dict(zip(places[alone].tolist(), mates[alone].tolist(), strict=True))
 
-    def _grown(self, known: Mapping[int, int], allowed: Tensor, equations: int, rounds: int) -> tuple[int, ...] | None:
-        """Solve for the text around known tokens; what is settled becomes known, until nothing new is."""
+    def _grown(
+        self,
+        known: Mapping[int, int],
+        allowed: Tensor,
+        equations: int,
+        rounds: int,
+        solution: Solution | None = None,
+    ) -> tuple[int, ...] | None:
+        """Solve for the text around known tokens; what is settled becomes known, until nothing new is.
+
+        `solution` is the first round's, where it is there already.
+        """
         for _ in range(rounds):
-            solution = self._relaxed(known, allowed, equations)
+            solution = solution or self._relaxed(known, allowed, equations)
             if solution is None:
                 return None
             text, weights = solution
@@ -283,12 +295,10 @@ class TextSearch:
             settled = {place: item for place, item in enumerate(text) if weights[place] > SETTLED} | dict(known)
             if len(settled) == len(known):
                 return None
-            known, allowed = settled, self.wide
+            known, allowed, solution = settled, self.wide, None
         return None
 
-    def _relaxed(
-        self, known: Mapping[int, int], allowed: Tensor, equations: int
-    ) -> tuple[tuple[int, ...], list[float]] | None:
+    def _relaxed(self, known: Mapping[int, int], allowed: Tensor, equations: int) -> Solution | None:
         """Solve for the text around known tokens: the heaviest candidate of each position and its weight."""
         allowed = allowed.clone()
         if self.forbidden is not None:
@@ -393,7 +403,7 @@ def _passing(candidates: Candidates, tokens: Tensor) -> Tensor:
     return torch.stack([torch.isin(tokens, passed) for passed in candidates.tokens])
 
 
-def _heaviest(places: Tensor, tokens: Tensor, weights: Tensor, count: int) -> tuple[tuple[int, ...], list[float]]:
+def _heaviest(places: Tensor, tokens: Tensor, weights: Tensor, count: int) -> Solution:
     """Each position's heaviest token and its weight, up to the first position that is rather empty."""
     text, heaviest = [], []
     for place in range(count):

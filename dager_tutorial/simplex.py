@@ -109,9 +109,9 @@ class _InteriorPoint:
         per_head = torch.stack([part @ each[..., None] for part, each in zip(measured, shares * weights, strict=True)])
         # The derivative of a ratio: each candidate's part, less its share of what there is.
         jacobian = -per_head[..., 0].transpose(1, 2) @ shares
-        for rows, part, share in zip(jacobian, measured, shares, strict=True):
-            for head, mine in zip(part, share, strict=True):
-                rows.addcmul_(mine, head)
+        for equations, part, share in zip(jacobian, measured, shares, strict=True):
+            for head_part, head_share in zip(part, share, strict=True):
+                equations.addcmul_(head_share, head_part)
         left = per_head[..., 0].sum(1)
         if self.scale is None:
             self.scale = jacobian.square().sum(1).mean(1).sqrt().clamp(min=1e-300)[:, None]

@@ -45,22 +45,21 @@ SCORE_KEYS = {
 }
 
 
+def saved(model, path):
+    """A checkpoint folder, as `--model` takes it."""
+    model.network.save_pretrained(path)
+    model.tokenizer.save_pretrained(path)
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_llama, tmp_path_factory):
-    """The tiny Llama as a checkpoint folder, as `--model` takes it."""
-    path = tmp_path_factory.mktemp("checkpoint")
-    tiny_llama.network.save_pretrained(path)
-    tiny_llama.tokenizer.save_pretrained(path)
-    return str(path)
+    return saved(tiny_llama, tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
 def encoder_folder(tiny_masked_bert, tmp_path_factory):
-    """A tiny BERT with a mask token, likewise."""
-    path = tmp_path_factory.mktemp("encoder")
-    tiny_masked_bert.network.save_pretrained(path)
-    tiny_masked_bert.tokenizer.save_pretrained(path)
-    return str(path)
+    return saved(tiny_masked_bert, tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")
