@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import DagerError
-from .update import quote
+from dager_tutorial.errors import DagerError
+from dager_tutorial.errors import quote
 
 OWN = ("reviews", "grammar", "notes", "passages")
 PUBLIC = {  # name: (Hugging Face data set, its configuration, its column of texts)

@@ -6,55 +6,61 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-STATUSES = ("exact", "partial", "saturated", "no_signal", "no_candidates")
-"""Every status a reconstruction can have, from the best answer to none."""
+from dager_tutorial.models.tap import Tap
+from dager_tutorial.status import Certainty, Confirmation, Status
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The server's answer to one update. It knows nothing of the truth; `metrics` compares the two.
+    """The server's answer to one update. It knows nothing of the truth; `evaluation.metrics` compares the two.
 
     Attributes:
         sequences: Token ids of each recovered text, special tokens included as the model saw them, pads
             never.
         texts: The same, decoded, without the tokens that frame a text.
         scores: Calibrated residual ratio of each sequence: about 1 when it is true, larger is worse.
-        status: ``exact`` (every token of the span is explained), ``partial``, ``saturated`` (the rank reached
-            the hidden size; evidence used anyway), ``no_signal`` (zero or missing gradients) or
-            ``no_candidates``.
+        status: What is known of the batch.
+        confirmations: For each sequence, whether it is confirmed and by which taps; empty where nobody says.
         diagnosis: One sentence for people.
         seconds: Wall-clock seconds of the stages ``subspace``, ``filter``, ``search`` and ``total``.
-        ranks: Tap name to numerical rank of its gradient.
+        ranks: Numerical rank of each tap's gradient that was read.
         model: Name of the model.
         n_parameters_used: Number of gradient entries that the attack read.
         peak_rss_mb: Peak resident memory of the process, in megabytes.
 
     Raises:
-        ValueError: The status is none of `STATUSES`, or there is not one text and score to each sequence.
+        ValueError: There is not one text, score and confirmation to each sequence.
 
     Example:
-        >>> found = Reconstruction(((5, 7),), ("good film",), (1.02,), "exact")
+        >>> found = Reconstruction(((5, 7),), ("good film",), (1.02,), Status.PARTIAL)
         >>> found.to_json()["sequences"], found.to_json()["status"]
-        ([[5, 7]], 'exact')
+        ([[5, 7]], 'partial')
     """
 
     sequences: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
     scores: tuple[float, ...]
-    status: str
+    status: Status
+    confirmations: tuple[Confirmation, ...] = ()
     diagnosis: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
+    ranks: dict[Tap, int] = field(default_factory=dict)
     model: str = ""
     n_parameters_used: int = 0
     peak_rss_mb: float = 0.0
 
     def __post_init__(self) -> None:
         """Check what every reader relies on."""
-        if self.status not in STATUSES:
-            raise ValueError(f"status {self.status!r} is none of {', '.join(STATUSES)}")
         if not len(self.sequences) == len(self.texts) == len(self.scores):
             raise ValueError("a reconstruction needs one text and one score to each sequence")
+        if self.confirmations and len(self.confirmations) != len(self.sequences):
+            raise ValueError("a reconstruction needs one confirmation to each sequence, or none at all")
+
+    @property
+    def confirmed(self) -> tuple[tuple[int, ...], ...]:
+        """The sequences that are confirmed, to their ends or as far as any tap can see."""
+        pairs = zip(self.sequences, self.confirmations, strict=False)
+        return tuple(ids for ids, confirmation in pairs if confirmation.certainty is not Certainty.GUESS)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON types only; a score that is not finite becomes null.
@@ -63,14 +69,15 @@ class Reconstruction:
             A new dictionary, its keys in the order of the command line's documented output.
         """
         return {
-            "status": self.status,
+            "status": self.status.value,
             "sequences": [[int(token) for token in sequence] for sequence in self.sequences],
             "texts": list(self.texts),
             "scores": [float(score) if math.isfinite(score) else None for score in self.scores],
+            "confirmations": [confirmation.to_json() for confirmation in self.confirmations],
             "seconds": {stage: float(seconds) for stage, seconds in self.seconds.items()},
             "peak_rss_mb": float(self.peak_rss_mb),
             "model": self.model,
             "n_parameters_used": int(self.n_parameters_used),
             "diagnosis": self.diagnosis,
-            "ranks": {tap: int(rank) for tap, rank in self.ranks.items()},
+            "ranks": {tap.name: int(rank) for tap, rank in self.ranks.items()},
         }

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .errors import UpdateError
+from dager_tutorial.errors import UpdateError, quote
 
 KINDS = ("gradient", "delta")
 """What an update's tensors can be: gradients of the loss, or new weights minus old weights."""
@@ -151,24 +151,6 @@ class Update:
         if not found:
             raise UpdateError(_wrong_model(self, network))
         return {name: found[name] for name in shapes if name in found}
-
-
-def quote(value: object, limit: int = 120) -> str:
-    r"""Show a stranger's text inside a one-line message: quoted, control characters escaped, cut to length.
-
-    Args:
-        value: Anything; shown as ``str(value)``.
-        limit: Longest text, in characters, shown whole.
-
-    Returns:
-        The text in quotes.
-
-    Example:
-        >>> print(quote("two" + chr(10) + "lines"))
-        'two\nlines'
-    """
-    text = str(value)
-    return repr(text if len(text) <= limit else f"{text[: limit - 3]}...")
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:

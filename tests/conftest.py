@@ -29,7 +29,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from dager_tutorial.models.base import LanguageModel
+from dager_tutorial.models.language_model import LanguageModel
 
 WORDS = """
 a about above across action actor after again age ago air all almost alone along also always among and angry

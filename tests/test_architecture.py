@@ -117,7 +117,7 @@ def test_the_attack_never_sees_a_batch(module):
         ("from .. import load_model", {""}),
         ("from . import base, adapter_for", {"models", "models.base"}),
         ("from .base import Tap", {"models.base"}),
-        ("import dager_tutorial.client as c", {"client"}),
+        ("import dager_tutorial.client.step as c", {"client"}),
         ("import dager_tutorial", {""}),
         ("from dager_tutorial.models import base", {"models.base"}),
         ("def f():\n    if TYPE_CHECKING:\n        from dager_tutorial import client", {"client"}),

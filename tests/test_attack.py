@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dager_tutorial.attack import AttackConfig, attack
-from dager_tutorial.client import client_update, encode
+from dager_tutorial.server.attack import AttackConfig, attack
+from dager_tutorial.client.step import client_update, encode
 from dager_tutorial.errors import DagerError, UpdateError
-from dager_tutorial.models.base import LanguageModel
+from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.update import Update
 

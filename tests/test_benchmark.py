@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from dager_tutorial import benchmark
-from dager_tutorial.benchmark import bench_accuracy, bench_decoder, bench_scaling, distinct_prefixes
-from dager_tutorial.cli import main
-from dager_tutorial.client import encode, masked_inputs
+from dager_tutorial.evaluation import bench
+from dager_tutorial.evaluation.bench import bench_accuracy, bench_decoder, bench_scaling, distinct_prefixes
+from dager_tutorial.cli.app import main
+from dager_tutorial.client.step import encode, masked_inputs
 from dager_tutorial.errors import DagerError
 from dager_tutorial.reconstruction import Reconstruction
 
@@ -121,7 +121,7 @@ def test_decoder_benchmarks_refuse_an_encoder_before_any_work(tiny_bert, monkeyp
 
 
 def test_the_accuracy_command_prints_a_line_a_batch_and_writes_them(tiny_gpt2, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("dager_tutorial.models.zoo.load_model", lambda *_, **__: tiny_gpt2)
+    monkeypatch.setattr("dager_tutorial.zoo.names.load_model", lambda *_, **__: tiny_gpt2)
     data = tmp_path / "words.tsv"
     data.write_text("label\ttext\n" + "".join(f"{label}\t{text}\n" for text, label in zip(TEXTS, LABELS, strict=True)))
     result = tmp_path / "runs.json"

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from dager_tutorial import benchmark_encoder, cli
-from dager_tutorial.benchmark_encoder import TEXTBOOK, VARIANTS, WITHOUT, EncoderBenchmark, averages, bench_encoder
-from dager_tutorial.cli import main
-from dager_tutorial.client import encode
-from dager_tutorial.encoder import PARTS
+from dager_tutorial.evaluation import ablation
+from dager_tutorial.cli import app
+from dager_tutorial.evaluation.ablation import TEXTBOOK, VARIANTS, WITHOUT, EncoderBenchmark, averages, bench_encoder
+from dager_tutorial.cli.app import main
+from dager_tutorial.client.step import encode
+from dager_tutorial.server.encoder.search import PARTS
 from dager_tutorial.errors import DagerError
 from dager_tutorial.reconstruction import Reconstruction
 

@@ -17,8 +17,8 @@ from conftest import WORDS
 from rich.cells import cell_len
 from rich.console import Console
 
-from dager_tutorial import display
-from dager_tutorial.cli import main
+from dager_tutorial.cli import display
+from dager_tutorial.cli.app import main
 from dager_tutorial.update import Update
 
 TEXTS = ["we listen to the old river", "my father never knew her", "snow"]
@@ -225,7 +225,7 @@ def test_bench_hands_on_its_options_and_writes_the_record(folder, tmp_path, caps
         calls.append((len(texts), len(labels), textbook))
         return SimpleNamespace(to_json=lambda: record)
 
-    monkeypatch.setitem(sys.modules, "dager_tutorial.benchmark", SimpleNamespace(bench_decoder=bench_decoder))
+    monkeypatch.setitem(sys.modules, "dager_tutorial.evaluation.bench", SimpleNamespace(bench_decoder=bench_decoder))
     arguments = ["bench", "decoder", "--model", folder, "--data", "notes", "--batch-size", "3"]
     assert main([*arguments, "--no-textbook", "--json", str(tmp_path / "bench.json")]) == 0
     assert main(arguments) == 0
@@ -289,7 +289,7 @@ def test_a_mistake_is_one_line(message, arguments, folder, encoder_folder, updat
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(update, capsys, monkeypatch):
-    monkeypatch.setattr("dager_tutorial.models.zoo.load_model", lambda *_, **__: pytest.fail("worked in vain"))
+    monkeypatch.setattr("dager_tutorial.zoo.names.load_model", lambda *_, **__: pytest.fail("worked in vain"))
     for option in ("--json", "--svg"):
         assert "absent" in fail(["demo", option, "absent/file"], capsys)
     assert "absent" in fail(["inspect", update, "--model", "any", "--json", "absent/file"], capsys)
@@ -329,7 +329,7 @@ def test_an_interrupt_ends_without_a_traceback(folder, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dager_tutorial.client.client_update", interrupt)
+    monkeypatch.setattr("dager_tutorial.client.step.client_update", interrupt)
     assert main(["attack", "--model", folder, *BATCH]) == 130
     assert capsys.readouterr().err == "dager: stopped\n"
 
@@ -346,7 +346,7 @@ def test_a_text_cannot_take_over_the_terminal(folder, tmp_path, capsys):
 
 def test_the_attack_is_handed_the_update_and_nothing_of_the_truth(folder, monkeypatch):
     handed = {}
-    module = import_module("dager_tutorial.attack")
+    module = import_module("dager_tutorial.server.attack")
     real = module.attack
 
     def spy(*positional, **named):
@@ -373,11 +373,14 @@ def test_help_loads_no_torch_and_the_four_calls_keep_their_names():
     script = """
 import sys
 import dager_tutorial
-from dager_tutorial.cli import main
+from dager_tutorial.cli.app import main
 assert main(["recover", "--help"]) == 0 and main([]) == 0 and main(["--version"]) == 0
 assert not {"torch", "transformers"} & set(sys.modules)
-import dager_tutorial.attack
-from dager_tutorial import attack, client_update, load_model, score
+import dager_tutorial.server.attack
+from dager_tutorial import attack
+from dager_tutorial import client_update
+from dager_tutorial import load_model
+from dager_tutorial import score
 assert all(callable(call) for call in (attack, client_update, load_model, score, dager_tutorial.attack))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from dager_tutorial.client import client_update, encode, masked_inputs
+from dager_tutorial.client.step import client_update, encode, masked_inputs
 from dager_tutorial.errors import DagerError
-from dager_tutorial.models.base import LanguageModel, frame_ids
+from dager_tutorial.models.language_model import LanguageModel, frame_ids
 from dager_tutorial.update import Update
 
 TEXTS = ["the dog is good", "a cat", "we want more bread and milk today", "no"]

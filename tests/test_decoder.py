@@ -8,12 +8,14 @@ import pytest
 import torch
 from test_models import family
 
-from dager_tutorial.client import client_update, encode
-from dager_tutorial.decoder import PrefixSearch, Tree
-from dager_tutorial.evidence import Evidence, evidence_of
+from dager_tutorial.client.step import client_update, encode
+from dager_tutorial.server.decoder.tree import PrefixSearch, Tree
+from dager_tutorial.server.evidence import Evidence, evidence_of
 from dager_tutorial.models import adapter_for
-from dager_tutorial.models.base import ATTENTION_OUTPUT, MLP, QKV, DecoderAdapter, LanguageModel
-from dager_tutorial.token_filter import Candidates, filter_tokens
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV
+from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.server.token_filter import Candidates, filter_tokens
 
 Draw = Callable[..., list[str]]
 Prefixes = set[tuple[int, ...]]

@@ -12,15 +12,16 @@ import torch
 from conftest import WORDS
 from torch import Tensor
 
-from dager_tutorial.attack import AttackConfig, attack
-from dager_tutorial.client import client_update, encode, masked_inputs
-from dager_tutorial.encoder_run import EncoderRun
+from dager_tutorial.server.attack import AttackConfig, attack
+from dager_tutorial.client.step import client_update, encode, masked_inputs
+from dager_tutorial.server.encoder.run import EncoderRun
 from dager_tutorial.errors import DagerError
-from dager_tutorial.evidence import evidence_of
-from dager_tutorial.models.base import ATTENTION_OUTPUT, LanguageModel
+from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.models.tap import ATTENTION_OUTPUT
+from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
-from dager_tutorial.textbook_encoder import textbook_encoder_attack
-from dager_tutorial.unmixing import Incidence, Marginals
+from dager_tutorial.textbook.encoder import textbook_encoder_attack
+from dager_tutorial.server.unmixing import Incidence, Marginals
 from dager_tutorial.update import Update
 
 Draw = Callable[..., list[str]]
@@ -139,7 +140,7 @@ def test_wrong_mates_cost_no_text(
         draw = torch.rand(len(marginals.tokens), len(marginals.tokens), generator=torch.Generator().manual_seed(0))
         return (draw + draw.T) / 2 < share
 
-    monkeypatch.setattr("dager_tutorial.encoder_run.same_text", advice)
+    monkeypatch.setattr("dager_tutorial.server.encoder.run.same_text", advice)
     texts = random_texts(4, 3, 3, 7)
     check_exact(attack(model, client_update(model, texts)), truth(model, texts))
 
@@ -202,7 +203,7 @@ def test_batches_about_as_large_as_the_width_yield_nothing_false(model: Language
 
 def test_one_block_holds_no_whole_texts(random_texts: Draw) -> None:
     """The last block's attention output has rows of what the loss reads only."""
-    from dager_tutorial.models.zoo import load_model
+    from dager_tutorial.zoo.names import load_model
 
     shallow = load_model("minilm-l6", blocks=1)
     found = attack(shallow, client_update(shallow, random_texts(2, 1), share="attention"))
@@ -221,7 +222,7 @@ def test_noise_is_no_text(model: LanguageModel, random_texts: Draw) -> None:
 
 def test_a_real_model_gives_up_its_texts() -> None:
     """MiniLM, trained: one text longer than a head is wide (32), and short ones with common words."""
-    from dager_tutorial.models.zoo import load_model
+    from dager_tutorial.zoo.names import load_model
 
     model = load_model("minilm-l6")
     texts = [

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from dager_tutorial.client import client_update
+from dager_tutorial.client.step import client_update
 from dager_tutorial.errors import DagerError
-from dager_tutorial.models.base import LanguageModel
+from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.update import KINDS, Update
 
 MUTATIONS = 1000

@@ -11,10 +11,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
-from dager_tutorial.client import encode, masked_inputs
+from dager_tutorial.client.step import encode, masked_inputs
 from dager_tutorial.errors import DagerError
-from dager_tutorial.metrics import score
-from dager_tutorial.models.base import LanguageModel
+from dager_tutorial.evaluation.metrics import score
+from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdef", "[MASK]")

@@ -23,13 +23,15 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from dager_tutorial.client import client_update, encode, masked_inputs
+from dager_tutorial.client.step import client_update, encode, masked_inputs
 from dager_tutorial.errors import ModelError
-from dager_tutorial.evidence import evidence_of
+from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.models import adapter_for
-from dager_tutorial.models.base import KINDS, QKV, QUERY, DecoderAdapter, EncoderAdapter, LanguageModel
-from dager_tutorial.rounding import attend
-from dager_tutorial.token_filter import filter_tokens, first_vectors
+from dager_tutorial.models.tap import KINDS, QKV, QUERY
+from dager_tutorial.models.adapter import DecoderAdapter, EncoderAdapter
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.server.rounding import attend
+from dager_tutorial.server.token_filter import filter_tokens, first_vectors
 
 CONFIGS: dict[str, tuple[type[PretrainedConfig], dict]] = {
     "llama": (LlamaConfig, {}),

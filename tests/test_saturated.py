@@ -9,10 +9,10 @@ import torch
 from conftest import random_model, word_tokenizer
 from transformers import GPT2Config, LlamaConfig
 
-from dager_tutorial.attack import attack
-from dager_tutorial.client import client_update, encode
-from dager_tutorial.models import LanguageModel
-from dager_tutorial.saturated import chance_quantile, standardised
+from dager_tutorial.server.attack import attack
+from dager_tutorial.client.step import client_update, encode
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.server.decoder.leverage import chance_quantile, standardised
 
 WIDTH = 192
 

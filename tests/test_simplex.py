@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dager_tutorial.simplex import relax
+from dager_tutorial.server.encoder.interior_point import relax
 
 Problem = tuple[Tensor, Tensor, Tensor, Tensor, list[int]]
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from test_models import family, shake
 from torch import Tensor
 
-from dager_tutorial.client import client_update, encode
-from dager_tutorial.evidence import evidence_of
+from dager_tutorial.client.step import client_update, encode
+from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.models import adapter_for
-from dager_tutorial.models.base import ATTENTION_OUTPUT, QKV, LanguageModel
-from dager_tutorial.subspace import Span, chi_square_bound, numerical_rank, span_of
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.server.subspace import Span, chi_square_bound, numerical_rank, span_of
 from dager_tutorial.update import Update
 
 Draw = Callable[..., list[str]]

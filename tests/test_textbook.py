@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from dager_tutorial.client import client_update, encode
+from dager_tutorial.client.step import client_update, encode
 from dager_tutorial.errors import DagerError, UpdateError
 from dager_tutorial.models import adapter_for
-from dager_tutorial.models.base import QKV, QUERY, LanguageModel
-from dager_tutorial.textbook import (
+from dager_tutorial.models.tap import QKV, QUERY
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.textbook.decoder import (
     LONGEST_REPEAT,
     second_block_inputs,
     span_distance,

@@ -8,18 +8,19 @@ import pytest
 import torch
 from conftest import WORDS
 
-from dager_tutorial.client import client_update, encode
+from dager_tutorial.client.step import client_update, encode
 from dager_tutorial.errors import DagerError, UpdateError
 from dager_tutorial.models import adapter_for
-from dager_tutorial.models.base import QKV, LanguageModel
-from dager_tutorial.textbook import (
+from dager_tutorial.models.tap import QKV
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.textbook.decoder import (
     first_block_inputs,
     second_block_inputs,
     span_distance,
     textbook_spans,
     textbook_token_filter,
 )
-from dager_tutorial.textbook_encoder import (
+from dager_tutorial.textbook.encoder import (
     EncoderSearchOptions,
     possible_lengths,
     search_size,
@@ -28,7 +29,7 @@ from dager_tutorial.textbook_encoder import (
     textbook_encoder_search,
     texts_to_test,
 )
-from dager_tutorial.token_filter import first_vectors
+from dager_tutorial.server.token_filter import first_vectors
 from dager_tutorial.update import Update
 
 TEXTS = ["the old man", "we had good tea today", "the cat saw a dog"]

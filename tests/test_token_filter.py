@@ -10,12 +10,13 @@ import pytest
 import torch
 from test_models import family, shake
 
-from dager_tutorial.client import client_update, encode
-from dager_tutorial.evidence import evidence_of
+from dager_tutorial.client.step import client_update, encode
+from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.models import adapter_for
-from dager_tutorial.models.base import QKV, LanguageModel
-from dager_tutorial.subspace import Span
-from dager_tutorial.token_filter import Candidates, filter_tokens, first_vectors
+from dager_tutorial.models.tap import QKV
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.server.subspace import Span
+from dager_tutorial.server.token_filter import Candidates, filter_tokens, first_vectors
 from dager_tutorial.update import Update
 
 Draw = Callable[..., list[str]]

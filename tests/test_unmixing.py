@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dager_tutorial.client import client_update, encode
-from dager_tutorial.evidence import evidence_of
+from dager_tutorial.client.step import client_update, encode
+from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.models import adapter_for
-from dager_tutorial.models.base import QKV, EncoderAdapter, LanguageModel
-from dager_tutorial.token_filter import first_vectors
-from dager_tutorial.unmixing import Incidence, Marginals, incidence, mate_residual, same_text, unmix
+from dager_tutorial.models.tap import QKV
+from dager_tutorial.models.adapter import EncoderAdapter
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.server.token_filter import first_vectors
+from dager_tutorial.server.unmixing import Incidence, Marginals, incidence, mate_residual, same_text, unmix
 
 Draw = Callable[..., list[str]]
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dager_tutorial.client import client_update
+from dager_tutorial.client.step import client_update
 from dager_tutorial.errors import DagerError, UpdateError
-from dager_tutorial.models.base import LanguageModel
+from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.update import Update, quote
 
 TEXTS = ["the dog is good", "a cat"]

@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from dager_tutorial import plotting, widgets
+from dager_tutorial.teaching import plotting
+from dager_tutorial.teaching import widgets
 
 
 def draw(rows: int, noise: float = 0.0) -> plt.Figure:

@@ -40,9 +40,9 @@ from transformers.utils import logging as transformers_logging
 from dager_tutorial.errors import ModelError
 from dager_tutorial.models import smollm2 as smollm2_files
 from dager_tutorial.models import wheels
-from dager_tutorial.models.cache import MANIFEST, built_once, cache_folder
-from dager_tutorial.models.pinned import PINNED, is_cached
-from dager_tutorial.models.zoo import available_models, export_model, load_model
+from dager_tutorial.zoo.cache import MANIFEST, built_once, cache_folder
+from dager_tutorial.zoo.pinned import PINNED, is_cached
+from dager_tutorial.zoo.names import available_models, export_model, load_model
 
 SENTENCE = "The capital of France is Paris, and the capital of Germany is Berlin."
 
@@ -132,7 +132,7 @@ def test_smollm2_speaks_english(smollm2):
 
 
 def test_smollm2_loads_again_equal_and_without_conversion(smollm2, cache, offline, monkeypatch):
-    monkeypatch.setattr("dager_tutorial.models.smollm2.convert_weights", None)
+    monkeypatch.setattr("dager_tutorial.zoo.smollm2.convert_weights", None)
     again = load_model("smollm2-135m", cache=cache)
     assert _same(again.network, smollm2.network)
     assert len(again.network.state_dict()) == 272

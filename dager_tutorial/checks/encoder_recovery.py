@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .common import answer, close, equal, passed
+from dager_tutorial.checks.common import answer, close, equal, passed
 
 
 def score_gradient(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .common import answer, close, equal, passed
+from dager_tutorial.checks.common import answer, close, equal, passed
 
 
 def _layer_gradients(seed: int, *, dead: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .common import answer, close, equal, passed
+from dager_tutorial.checks.common import answer, close, equal, passed
 
 
 def _mixed(seed: int, rows: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:

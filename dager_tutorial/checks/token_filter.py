@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .common import answer, close, equal, passed
+from dager_tutorial.checks.common import answer, close, equal, passed
 
 Pair = tuple[int, int]
 

@@ -9,7 +9,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
 
-from .common import answer, close, equal, passed
+from dager_tutorial.checks.common import answer, close, equal, passed
 
 Tokens = list[int]
 

@@ -19,16 +19,17 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from . import __version__, display
-from .errors import DagerError
+from dager_tutorial.cli import display
+from dager_tutorial import __version__
+from dager_tutorial.errors import DagerError
 
 if TYPE_CHECKING:
-    from .benchmark import AccuracyRun, Batch
-    from .benchmark_encoder import EncoderBenchmark
-    from .metrics import Score
-    from .models import LanguageModel
-    from .reconstruction import Reconstruction
-    from .update import Update
+    from dager_tutorial.evaluation.bench import AccuracyRun, Batch
+    from dager_tutorial.evaluation.ablation import EncoderBenchmark
+    from dager_tutorial.evaluation.metrics import Score
+    from dager_tutorial.models.language_model import LanguageModel
+    from dager_tutorial.reconstruction import Reconstruction
+    from dager_tutorial.update import Update
 
 BATCH_SIZE = 8  # texts drawn from --data where --batch-size is not given
 SCALING = (1, 2, 4, 8, 16, 32)  # batch sizes of `bench scaling` where none is given
@@ -152,7 +153,7 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Watch a real language model's gradient give up private notes."""
-    from .demo import run_demo
+    from dager_tutorial.cli.demo import run_demo
 
     console = Console(record=svg is not None, highlight=False)
     language_model = _open(model, device, model_seed, blocks, threads)
@@ -286,7 +287,7 @@ def inspect(
     """Show an update's ranks, noise floors and what can be expected of an attack."""
     loaded = _load(update)
     language_model = _open(model, device, model_seed, blocks, threads)
-    from .evidence import inspect_update
+    from dager_tutorial.server.evidence import inspect_update
 
     inspection = inspect_update(language_model, loaded)
     about = display.facts({"update": update, "kind": loaded.kind, "tensors": len(loaded.gradients)})
@@ -309,7 +310,7 @@ def decoder(
     """Time the attack on a causal model and the textbook version on the same update."""
     texts, labels = _batch(data, batch_size, seed, None, None)
     language_model = _open(model, device, model_seed, blocks, threads)
-    from .benchmark import bench_decoder
+    from dager_tutorial.evaluation.bench import bench_decoder
 
     with display.progress(Console(stderr=True)) as advance:
         record = bench_decoder(language_model, texts, labels, textbook=textbook, progress=advance).to_json()
@@ -334,7 +335,7 @@ def scaling(
     """Time the attack on a causal model on growing batches."""
     batches = [_batch(data, size, seed, None, None) for size in batch_size or SCALING]
     language_model = _open(model, device, model_seed, blocks, threads)
-    from .benchmark import bench_scaling
+    from dager_tutorial.evaluation.bench import bench_scaling
 
     with display.progress(Console(stderr=True)) as advance:
         runs = [run.to_json() for run in bench_scaling(language_model, batches, progress=advance)]
@@ -360,7 +361,7 @@ def accuracy(
     """Attack many batches, of a model of either kind, and count what comes back exactly."""
     drawn = _series(data, batch_size, batches, seed)
     language_model = _open(model, device, model_seed, blocks, threads)
-    from .benchmark import bench_accuracy
+    from dager_tutorial.evaluation.bench import bench_accuracy
 
     runs = []
     with display.progress(Console(stderr=True)) as advance:
@@ -397,7 +398,7 @@ def encoder(
     """Attack encoders with and without each part of the search, and as the paper does."""
     drawn = _series(data, batch_size, batches, seed)
     language_model = _open(model, device, model_seed, blocks, threads)
-    from .benchmark_encoder import bench_encoder
+    from dager_tutorial.evaluation.ablation import bench_encoder
 
     runs = []
     with display.progress(Console(stderr=True)) as advance:
@@ -414,7 +415,7 @@ def encoder(
 def list_models(context: typer.Context, json_file: Json = None) -> None:
     """List the models that come by name, fetch some for later, or export one as a Hugging Face folder."""
     if context.invoked_subcommand is None:
-        from .models.zoo import available_models
+        from dager_tutorial.zoo.names import available_models
 
         records = [vars(record) for record in available_models()]
         _finish(json_file, {"models": records}, display.models_table(records))
@@ -426,8 +427,8 @@ def fetch(
     json_file: Json = None,
 ) -> None:
     """Fetch models into the cache (DAGER_CACHE, or ~/.cache/dager-tutorial), so that they load without a network."""
-    from .models.cache import cache_folder
-    from .models.zoo import load_model
+    from dager_tutorial.zoo.cache import cache_folder
+    from dager_tutorial.zoo.names import load_model
 
     for name in names:
         load_model(name, blocks=1)
@@ -444,7 +445,7 @@ def export(
     blocks: Blocks = None,
 ) -> None:
     """Write a model as a normal Hugging Face folder: configuration, weights and tokenizer."""
-    from .models.zoo import export_model
+    from dager_tutorial.zoo.names import export_model
 
     written = export_model(name, folder, device=device, seed=seed, blocks=blocks)
     _finish(json_file, {"model": name, "folder": str(written)}, display.facts({"model": name, "folder": written}))
@@ -455,7 +456,7 @@ def _open(name: str, device: str, seed: int, blocks: int | None, threads: int | 
     with display.waiting(Console(stderr=True), f"loading {name}; the first time it is fetched and converted"):
         import torch
 
-        from .models.zoo import load_model
+        from dager_tutorial.zoo.names import load_model
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -474,7 +475,7 @@ def _batch(
         return texts, labels
     if labels:
         raise DagerError("--label belongs to --text; the texts of --data have labels of their own")
-    from .data import load_texts, sample_batch
+    from dager_tutorial.data import load_texts, sample_batch
 
     return sample_batch(load_texts(str(data)), BATCH_SIZE if size is None else size, seed)
 
@@ -497,14 +498,14 @@ def _line(run: AccuracyRun) -> str:
 
 
 def _load(path: Path) -> Update:
-    from .update import Update
+    from dager_tutorial.update import Update
 
     return Update.load(path)
 
 
 def _client(model: LanguageModel, texts: list[str], labels: list[int] | None, *, share: str, **options: Any) -> Update:
     """Compute the client's update; `share` is all, attention, or names joined by commas."""
-    from .client import client_update
+    from dager_tutorial.client.step import client_update
 
     shared = share if share in ("all", "attention") else [name.strip() for name in share.split(",")]
     with display.waiting(Console(stderr=True), "computing the client's update"):
@@ -513,7 +514,7 @@ def _client(model: LanguageModel, texts: list[str], labels: list[int] | None, *,
 
 def _attack(model: LanguageModel, update: Update, seed: int, time_budget: float | None) -> Reconstruction:
     """Recover the batch from the update, with a progress bar where somebody watches."""
-    from .attack import AttackConfig, attack
+    from dager_tutorial.server.attack import AttackConfig, attack
 
     config = AttackConfig(seed=seed, time_budget=time_budget)
     with display.progress(Console(stderr=True)) as advance:
@@ -521,14 +522,14 @@ def _attack(model: LanguageModel, update: Update, seed: int, time_budget: float 
 
 
 def _score(found: Reconstruction, texts: list[str], model: LanguageModel, **options: Any) -> Score:
-    from .metrics import score
+    from dager_tutorial.evaluation.metrics import score
 
     return score(found, texts, model, **options)
 
 
 def _read_result(path: Path) -> Reconstruction:
     """Read what `dager recover --json` wrote."""
-    from .reconstruction import Reconstruction
+    from dager_tutorial.reconstruction import Reconstruction
 
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -561,7 +562,7 @@ def _scaling_table(runs: list[dict[str, Any]]) -> Table:
 
 def _variants_table(runs: list[EncoderBenchmark]) -> Table:
     """One row for each variant on batches of one size from one source: means over the batches."""
-    from .benchmark_encoder import averages
+    from dager_tutorial.evaluation.ablation import averages
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="dim")
     for title in ("data", "texts", "variant", "ROUGE-1 %", "exact %", "false", "seconds"):

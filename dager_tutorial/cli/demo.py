@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 
-from . import display
-from .attack import attack
-from .client import client_update
-from .data import load_texts
-from .evidence import inspect_update
-from .metrics import score
-from .update import Update
+from dager_tutorial.cli import display
+from dager_tutorial.server.attack import attack
+from dager_tutorial.client.step import client_update
+from dager_tutorial.data import load_texts
+from dager_tutorial.server.evidence import inspect_update
+from dager_tutorial.evaluation.metrics import score
+from dager_tutorial.update import Update
 
 if TYPE_CHECKING:
-    from .models import LanguageModel
+    from dager_tutorial.models.language_model import LanguageModel
 
 OPENING = (
     "A client trains {model} for one step on {size} private notes. It keeps the notes, their labels and "

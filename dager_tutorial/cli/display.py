@@ -30,7 +30,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .reconstruction import Reconstruction
+    from dager_tutorial.reconstruction import Reconstruction
 
     Progression = Callable[[str, int, int | None], None]
 

@@ -26,10 +26,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import DagerError, UpdateError
-from .models import Adapter, LanguageModel, adapter_for
-from .models.base import ATTENTION_OUTPUT, QKV, frame_ids
-from .update import Update, quote
+from dager_tutorial.errors import DagerError, UpdateError
+from dager_tutorial.models import adapter_for
+from dager_tutorial.models.adapter import Adapter
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
+from dager_tutorial.models.language_model import frame_ids
+from dager_tutorial.errors import quote
+from dager_tutorial.update import Update
 
 TASKS = ("classification", "next_token", "masked")
 LOSSES = ("cross_entropy", "frobenius")

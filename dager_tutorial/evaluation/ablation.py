@@ -10,14 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from .attack import AttackConfig, attack
-from .benchmark import AccuracyRun, Batch, Progress, compared, labelled, warm_up
-from .client import client_update
-from .errors import DagerError
-from .models import LanguageModel, adapter_for
-from .reconstruction import Reconstruction
-from .textbook_encoder import EncoderSearchOptions, textbook_encoder_attack
-from .update import Update, quote
+from dager_tutorial.server.attack import AttackConfig, attack
+from dager_tutorial.evaluation.bench import AccuracyRun, Batch, Progress, compared, labelled, warm_up
+from dager_tutorial.client.step import client_update
+from dager_tutorial.errors import DagerError
+from dager_tutorial.models import adapter_for
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.reconstruction import Reconstruction
+from dager_tutorial.textbook.encoder import EncoderSearchOptions, textbook_encoder_attack
+from dager_tutorial.errors import quote
+from dager_tutorial.update import Update
 
 WITHOUT: dict[str, frozenset[str]] = {
     "full": frozenset(),

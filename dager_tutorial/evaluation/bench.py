@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from .attack import attack
-from .client import client_update, encode
-from .errors import DagerError
-from .metrics import score, seen_tokens
-from .models import LanguageModel, adapter_for
-from .reconstruction import Reconstruction
-from .textbook import textbook_attack
+from dager_tutorial.server.attack import attack
+from dager_tutorial.client.step import client_update, encode
+from dager_tutorial.errors import DagerError
+from dager_tutorial.evaluation.metrics import score, seen_tokens
+from dager_tutorial.models import adapter_for
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.reconstruction import Reconstruction
+from dager_tutorial.textbook.decoder import textbook_attack
 
 Progress = Callable[[str, int, int | None], None]
 Batch = tuple[str, int, Sequence[str], Sequence[int] | None]

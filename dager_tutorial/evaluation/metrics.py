@@ -17,11 +17,11 @@ from rouge_score.rouge_scorer import RougeScorer
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 
-from .client import TASKS, encode, masked_inputs
-from .errors import DagerError
-from .models.base import LanguageModel, frame_ids
-from .reconstruction import Reconstruction
-from .update import quote
+from dager_tutorial.client.step import TASKS, encode, masked_inputs
+from dager_tutorial.errors import DagerError
+from dager_tutorial.models.language_model import LanguageModel, frame_ids
+from dager_tutorial.reconstruction import Reconstruction
+from dager_tutorial.errors import quote
 
 Ids = tuple[int, ...]
 

@@ -1,16 +1,16 @@
-"""Models: where weights come from (`zoo`) and what the attack needs to know of each architecture (adapters)."""
+"""What both sides know of a model: taps, adapters (one a family), attention written once."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from ..errors import ModelError
-from .base import Adapter, LanguageModel
-from .bert import BertAdapter
-from .distilbert import DistilBertAdapter
-from .gpt2 import GPT2Adapter
-from .llama import LlamaAdapter
-from .roberta import RobertaAdapter
+from dager_tutorial.errors import ModelError
+from dager_tutorial.models.adapter import Adapter
+from dager_tutorial.models.bert import BertAdapter
+from dager_tutorial.models.distilbert import DistilBertAdapter
+from dager_tutorial.models.gpt2 import GPT2Adapter
+from dager_tutorial.models.llama import LlamaAdapter
+from dager_tutorial.models.roberta import RobertaAdapter
 
 FAMILIES: dict[str, type[Adapter]] = {
     "gpt2": GPT2Adapter,
@@ -42,4 +42,4 @@ def adapter_for(network: PreTrainedModel) -> Adapter:
     return family(network)
 
 
-__all__ = ["FAMILIES", "Adapter", "LanguageModel", "adapter_for"]
+__all__ = ["FAMILIES", "adapter_for"]

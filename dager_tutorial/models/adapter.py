@@ -1,4 +1,4 @@
-"""What the attack needs to know of an architecture, and the model record that every stage shares.
+"""What the attack needs to know of an architecture.
 
 An adapter names the linear maps whose inputs the attack tests (the *taps*) and runs one block of a
 transformer piece by piece with the block's own submodules. It never copies a forward pass: what it
@@ -8,91 +8,17 @@ computes is compared with the unmodified transformers model in the tests.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-QKV = "query, key, value"
-QUERY = "query"
-ATTENTION_OUTPUT = "attention output"
-MLP = "MLP"
-KINDS = (QKV, ATTENTION_OUTPUT, MLP)  # QUERY is a part of the first
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A point of the network whose vectors enter one or several linear maps.
-
-    Attributes:
-        block: Index of the transformer block, from 0.
-        kind: One of `KINDS`, or `QUERY`.
-        parameters: Names of the linear maps' weights in the backbone's `named_parameters()`.
-        input_first: True where the weight is stored inputs x outputs (the Conv1D of GPT-2).
-        outputs: How many of the first parameter's outputs count, where a fused map holds more than the kind.
-    """
-
-    block: int
-    kind: str
-    parameters: tuple[str, ...]
-    input_first: bool = False
-    outputs: int | None = None
-
-    @property
-    def name(self) -> str:
-        """A label for people, `block 0 query, key, value` for one."""
-        return f"block {self.block} {self.kind}"
-
-    def gradient(self, gradients: Mapping[str, Tensor]) -> Tensor | None:
-        """Stack the gradients of the tap's linear maps that were shared.
-
-        Args:
-            gradients: Gradients by backbone parameter name.
-
-        Returns:
-            float64, outputs x inputs, every row a combination of the tap's input vectors; None where none is shared.
-        """
-        shared = [gradients[name].double() for name in self.parameters if name in gradients]
-        if not shared:
-            return None
-        return torch.cat([weight.T if self.input_first else weight for weight in shared])[: self.outputs]
-
-
-@dataclass(frozen=True)
-class FirstInput:
-    """How block 0's attention input comes about: `gain * (u - mean(u)) / deviation(u) + bias`, u = token + position.
-
-    Attributes:
-        tokens: float32, vocabulary x width, the token embeddings.
-        positions: float32, positions x width, the position embeddings (with the token type of a single text
-            where there is one), or None for rotary models.
-        gain: float32, width.
-        bias: float32, width, or None.
-        epsilon: Added to the variance.
-        centred: False for an RMS norm, which subtracts no mean.
-    """
-
-    tokens: Tensor
-    positions: Tensor | None
-    gain: Tensor
-    bias: Tensor | None
-    epsilon: float
-    centred: bool
-
-    def linear(self, embedding: Tensor) -> Tensor:
-        """The linear part of the norm: `gain * (u - mean(u))`, same shape as `embedding` (rows x width)."""
-        if self.centred:
-            embedding = embedding - embedding.mean(-1, keepdim=True)
-        return embedding * self.gain.to(embedding.dtype)
-
-    def spread(self, embedding: Tensor) -> Tensor:
-        """`u - mean(u)`, or u itself for an RMS norm: what the deviation is computed from (rows x width)."""
-        return embedding - embedding.mean(-1, keepdim=True) if self.centred else embedding
-
+from dager_tutorial.models.first_input import FirstInput
+from dager_tutorial.models.tap import KINDS, QKV, QUERY, Tap
 
 class Adapter(ABC):
     """One architecture family. Subclasses are leaves and say where its submodules are.
@@ -265,42 +191,3 @@ class EncoderAdapter(Adapter):
     @abstractmethod
     def after_mlp(self, block: int, vectors: Tensor) -> Tensor:
         """The next block's inputs (... x width), of the vectors that enter the MLP (... x width)."""
-
-
-def frame_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that frame or pad a text. An unknown word or a mask is not among them: it is part of its text.
-
-    Args:
-        tokenizer: The model's tokenizer.
-    """
-    names = ("bos", "eos", "cls", "sep", "pad")
-    return frozenset(getattr(tokenizer, f"{name}_token_id") for name in names) - {None}
-
-
-@dataclass(frozen=True)
-class LanguageModel:
-    """A headless transformer with its tokenizer: all that server and client agree on.
-
-    Attributes:
-        name: The name it was loaded by.
-        network: The backbone, in eval mode, float32, no parameter requiring a gradient.
-        tokenizer: Its tokenizer.
-    """
-
-    name: str
-    network: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the backbone lives on."""
-        return next(self.network.parameters()).device
-
-    def text_of(self, ids: Iterable[int]) -> str:
-        """The text of some tokens, without what frames it; unknown words and masks are shown.
-
-        Args:
-            ids: Token ids.
-        """
-        frame = frame_ids(self.tokenizer)
-        return str(self.tokenizer.decode([token for token in ids if token not in frame]))

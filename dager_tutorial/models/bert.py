@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .base import ATTENTION_OUTPUT, MLP, QKV, QUERY, EncoderAdapter, FirstInput
+from dager_tutorial.models.adapter import EncoderAdapter
+from dager_tutorial.models.first_input import FirstInput
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY
 
 
 class BertAdapter(EncoderAdapter):

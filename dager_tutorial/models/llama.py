@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from .base import ATTENTION_OUTPUT, MLP, QKV, QUERY, DecoderAdapter, FirstInput
+from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.first_input import FirstInput
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY
 
 
 class LlamaAdapter(DecoderAdapter):

@@ -7,8 +7,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from .base import FirstInput
-from .bert import BertAdapter
+from dager_tutorial.models.first_input import FirstInput
+from dager_tutorial.models.bert import BertAdapter
 
 
 class RobertaAdapter(BertAdapter):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 
-from .decoder_run import DecoderRun
-from .encoder_run import EncoderRun
-from .evidence import evidence_of
-from .models import LanguageModel
-from .models.base import DecoderAdapter
-from .reconstruction import Reconstruction
-from .run import AttackConfig, Progress, Run
-from .update import Update
+from dager_tutorial.server.decoder.run import DecoderRun
+from dager_tutorial.server.encoder.run import EncoderRun
+from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.reconstruction import Reconstruction
+from dager_tutorial.server.budget import AttackConfig, Progress, Run
+from dager_tutorial.update import Update
 
 __all__ = ["AttackConfig", "attack"]
 

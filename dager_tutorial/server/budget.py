@@ -1,22 +1,21 @@
-"""What one run of the attack shares, whatever the architecture: its budget, its clock, and how it reports."""
+"""What a run may cost: the user's limits, and the budget that every stage is handed."""
 
 from __future__ import annotations
 
-import resource
-import sys
+import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from .encoder import PARTS
-from .errors import DagerError
-from .evidence import Evidence
-from .models import LanguageModel
-from .reconstruction import Reconstruction
-from .subspace import CLEAR_GAP, Span
+import torch
+
+from dager_tutorial.errors import DagerError
 
 Progress = Callable[[str, int, int | None], None]
+"""Called with a stage, what is done of it, and the total or None."""
+
+PARTS = frozenset({"incidence", "relaxation", "polish"})
+"""Parts of the encoder search that an ablation may leave out."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,16 @@ class AttackConfig:
 
     Attributes:
         seed: Seed of the random projections that screen candidates.
-        time_budget: Seconds after which the search returns what it has; None for no limit.
+        time_budget: Seconds after which every stage returns what it has; None for no limit.
         memory_mb: Megabytes that intermediate results may take, besides model and update.
         without: Parts of the encoder search to leave out, for ablations: any of `PARTS`.
+
+    Raises:
+        DagerError: A limit that no run can keep, or an unknown part.
+
+    Example:
+        >>> AttackConfig(time_budget=60.0).memory_mb
+        512
     """
 
     seed: int = 0
@@ -47,79 +53,51 @@ class AttackConfig:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a search came to.
+class Budget:
+    """What is left to spend, for every stage alike.
 
     Attributes:
-        sequences: Token ids of each text.
-        scores: The residual ratio of each.
-        status: One of the statuses of a reconstruction.
-        diagnosis: One sentence for people.
+        memory: Bytes that intermediate results may take.
+        deadline: Value of `time.perf_counter()` at which to stop; infinite for never.
+        seed: Seed of everything drawn.
+        progress: Who listens to progress, or None.
+
+    Example:
+        >>> Budget(memory=1000).chunk(300), Budget(deadline=0.0).late
+        (3, True)
     """
 
-    sequences: tuple[tuple[int, ...], ...]
-    scores: tuple[float, ...]
-    status: str
-    diagnosis: str
+    memory: int = 2**29
+    deadline: float = math.inf
+    seed: int = 0
+    progress: Progress | None = None
 
+    @classmethod
+    def of(cls, config: AttackConfig, begin: float, progress: Progress | None = None) -> Budget:
+        """The budget of a run.
 
-@dataclass
-class Run(ABC):
-    """One run of the attack: subclasses say how a kind of architecture is searched."""
+        Args:
+            config: The user's limits.
+            begin: `time.perf_counter()` when the run began.
+            progress: Who listens to progress, or None.
+        """
+        deadline = math.inf if config.time_budget is None else begin + config.time_budget
+        return cls(config.memory_mb * 2**20, deadline, config.seed, progress)
 
-    model: LanguageModel
-    evidence: Evidence
-    config: AttackConfig
-    progress: Progress | None
-    begin: float
-    seconds: dict[str, float] = field(default_factory=lambda: {"subspace": 0.0, "filter": 0.0, "search": 0.0})
-
-    @abstractmethod
-    def search(self) -> Outcome:
-        """Find the texts, and add the seconds that each stage took to `seconds`."""
-
-    def reconstruction(self) -> Reconstruction:
-        """Search, and put everything a reader may want to know into one record."""
-        outcome = self.search()
-        self.seconds["subspace"] = self.evidence.seconds
-        self.seconds["total"] = time.perf_counter() - self.begin
-        return Reconstruction(
-            sequences=outcome.sequences,
-            texts=tuple(map(self.model.text_of, outcome.sequences)),
-            scores=outcome.scores,
-            status=outcome.status,
-            diagnosis=outcome.diagnosis,
-            seconds=self.seconds,
-            ranks={tap.name: span.rank for tap, span in self.evidence.spans.items() if span is not None},
-            model=self.model.name,
-            n_parameters_used=self.evidence.parameters_used,
-            peak_rss_mb=peak_memory_mb(),
-        )
-
-    def deadline(self) -> float | None:
-        """The `time.perf_counter()` at which the search has to stop, or None."""
-        return None if self.config.time_budget is None else self.begin + self.config.time_budget
-
+    @property
     def late(self) -> bool:
-        """Whether the time budget is spent."""
-        deadline = self.deadline()
-        return deadline is not None and time.perf_counter() > deadline
+        """Whether the time is spent."""
+        return time.perf_counter() > self.deadline
 
-    def report(self, stage: str) -> Callable[[int, int | None], None] | None:
-        """A callback for one stage's progress, or None where nobody listens."""
-        progress = self.progress
-        if progress is None:
-            return None
-        return lambda done, total: progress(stage, done, total)
+    def report(self, stage: str, done: int, total: int | None = None) -> None:
+        """Tell whoever listens how far a stage is."""
+        if self.progress is not None:
+            self.progress(stage, done, total)
 
+    def chunk(self, bytes_each: int) -> int:
+        """How many entries of so many bytes fit into memory at once; at least one."""
+        return max(1, self.memory // max(1, bytes_each))
 
-def expected_rows(spans: Iterable[Span]) -> int | None:
-    """The number of distinct rows of the batch, where a rank with a clear gap tells it."""
-    clear = [span.rank for span in spans if span.gap >= CLEAR_GAP and not span.saturated]
-    return max(clear, default=None)
-
-
-def peak_memory_mb() -> float:
-    """Peak resident memory of this process in megabytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    def generator(self) -> torch.Generator:
+        """A fresh source of randomness, on the CPU, the same at every call."""
+        return torch.Generator().manual_seed(self.seed)

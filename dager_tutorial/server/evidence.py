@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .models import LanguageModel, adapter_for
-from .models.base import ATTENTION_OUTPUT, QKV, Adapter, DecoderAdapter, Tap
-from .rounding import rounding_errors
-from .subspace import Span, span_of
-from .update import Update
+from dager_tutorial.models import adapter_for
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV, Tap
+from dager_tutorial.models.adapter import Adapter, DecoderAdapter
+from dager_tutorial.server.rounding import rounding_errors
+from dager_tutorial.server.subspace import Span, span_of
+from dager_tutorial.update import Update
 
 
 @dataclass

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .models.base import ATTENTION_OUTPUT, MLP, QKV, DecoderAdapter, Tap
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
+from dager_tutorial.models.adapter import DecoderAdapter
 
 PROBE_TEXTS, PROBE_LENGTH = 8, 4
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .models.base import FirstInput
-from .subspace import Span
+from dager_tutorial.models.first_input import FirstInput
+from dager_tutorial.server.subspace import Span
 
 # Directions that decide most pairs. Chance lets a false pair of residual r through with probability about
 # (bound / r)^64, and the exact test follows anyway.

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .models.base import FirstInput
-from .token_filter import Candidates, first_vectors
+from dager_tutorial.models.first_input import FirstInput
+from dager_tutorial.server.token_filter import Candidates, first_vectors
 
 # Weight of the ridge in the regression of positions on tokens, as a share of a token's own square.
 RIDGE = 1e-3

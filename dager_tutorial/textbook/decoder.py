@@ -17,12 +17,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .errors import DagerError
-from .models import LanguageModel, adapter_for
-from .models.base import QKV, Adapter, DecoderAdapter, Tap
-from .reconstruction import Reconstruction
-from .run import peak_memory_mb
-from .update import Update
+from dager_tutorial.errors import DagerError
+from dager_tutorial.models import adapter_for
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.tap import QKV, Tap
+from dager_tutorial.models.adapter import Adapter, DecoderAdapter
+from dager_tutorial.reconstruction import Reconstruction
+from dager_tutorial.server.budget import peak_memory_mb
+from dager_tutorial.update import Update
 
 Progress = Callable[[str, int, int | None], None]
 Prefix = tuple[int, ...]

@@ -23,11 +23,12 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
-from .errors import DagerError
-from .models import LanguageModel, adapter_for
-from .models.base import Adapter
-from .reconstruction import Reconstruction
-from .textbook import (
+from dager_tutorial.errors import DagerError
+from dager_tutorial.models import adapter_for
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.adapter import Adapter
+from dager_tutorial.reconstruction import Reconstruction
+from dager_tutorial.textbook.decoder import (
     TOKENS_AT_ONCE,
     Progress,
     second_block_inputs,
@@ -36,7 +37,7 @@ from .textbook import (
     textbook_spans,
     textbook_token_filter,
 )
-from .update import Update
+from dager_tutorial.update import Update
 
 Text = tuple[int, ...]
 

@@ -29,10 +29,10 @@ from transformers import (
 
 from dager_tutorial.errors import ModelError
 from dager_tutorial.models import checkpoint
-from dager_tutorial.models.base import LanguageModel
-from dager_tutorial.models.cache import cache_folder, workshop, writing
-from dager_tutorial.models.hub import hub_folder, is_hub_name
-from dager_tutorial.models.pinned import (
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.zoo.cache import cache_folder, workshop, writing
+from dager_tutorial.zoo.hub import hub_folder, is_hub_name
+from dager_tutorial.zoo.pinned import (
     PINNED,
     is_cached,
     is_tokenizer_cached,

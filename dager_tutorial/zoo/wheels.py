@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from dager_tutorial.errors import ModelError
-from dager_tutorial.models.cache import OTHER_CACHE, sha256, workshop, writing
+from dager_tutorial.zoo.cache import OTHER_CACHE, sha256, workshop, writing
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decoder import Tree
-from .models.base import QUERY, DecoderAdapter, Tap
-from .subspace import Span
+from dager_tutorial.server.decoder.tree import Tree
+from dager_tutorial.models.tap import QUERY, Tap
+from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.server.subspace import Span
 
 # Tokens that go through the whole network at once.
 TOKENS_AT_ONCE = 2048

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from .decoder import Extension, Front, TreeSearch
-from .models.base import MLP, QKV, DecoderAdapter, FirstInput
-from .subspace import Span
-from .token_filter import Candidates, first_vectors
+from dager_tutorial.server.decoder.tree import Extension, Front, TreeSearch
+from dager_tutorial.models.tap import MLP, QKV
+from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.first_input import FirstInput
+from dager_tutorial.server.subspace import Span
+from dager_tutorial.server.token_filter import Candidates, first_vectors
 
 # Of all extensions tried at one position, chance alone may let this many pass.
 FALSE_ALARMS = 0.01

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 
-from .decoder import PrefixSearch, Tree
-from .models.base import ATTENTION_OUTPUT, MLP, QKV, QUERY, DecoderAdapter, Tap
-from .run import Outcome, Run, expected_rows
-from .saturated import LeverageSearch, filter_by_leverage
-from .sentences import Texts, whole_texts
-from .subspace import CLEAR_GAP, Span
-from .token_filter import Candidates, filter_tokens
+from dager_tutorial.server.decoder.tree import PrefixSearch, Tree
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY, Tap
+from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.server.budget import Outcome, Run, expected_rows
+from dager_tutorial.server.decoder.leverage import LeverageSearch, filter_by_leverage
+from dager_tutorial.server.decoder.ends import Texts, whole_texts
+from dager_tutorial.server.subspace import CLEAR_GAP, Span
+from dager_tutorial.server.token_filter import Candidates, filter_tokens
 
 # How many prefixes of one length a search by leverage keeps at most.
 WIDEST = 128

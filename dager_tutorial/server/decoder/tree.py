@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .models.base import ATTENTION_OUTPUT, MLP, QKV, DecoderAdapter
-from .rounding import attend
-from .subspace import Span
-from .token_filter import Candidates
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV
+from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.server.rounding import attend
+from dager_tutorial.server.subspace import Span
+from dager_tutorial.server.token_filter import Candidates
 
 SCREEN_DIRECTIONS = 32
 # How far a repeated first token is followed: while a clear rank says that rows are missing, and where none does.

@@ -6,12 +6,13 @@ import time
 
 from torch import Tensor
 
-from .encoder import PARTS, TextSearch
-from .models.base import ATTENTION_OUTPUT, MLP, QKV, EncoderAdapter, Tap
-from .run import Outcome, Run, expected_rows
-from .subspace import CLEAR_GAP, Span
-from .token_filter import Candidates, filter_tokens
-from .unmixing import Incidence, candidate_tokens, incidence, same_text, unmix
+from dager_tutorial.server.encoder.search import PARTS, TextSearch
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
+from dager_tutorial.models.adapter import EncoderAdapter
+from dager_tutorial.server.budget import Outcome, Run, expected_rows
+from dager_tutorial.server.subspace import CLEAR_GAP, Span
+from dager_tutorial.server.token_filter import Candidates, filter_tokens
+from dager_tutorial.server.unmixing import Incidence, candidate_tokens, incidence, same_text, unmix
 
 
 class EncoderRun(Run):

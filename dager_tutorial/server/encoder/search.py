@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .models.base import EncoderAdapter, Tap
-from .simplex import relax
-from .subspace import Span
-from .token_filter import Candidates, first_vectors
-from .unmixing import Incidence, candidate_tokens
+from dager_tutorial.models.adapter import EncoderAdapter
+from dager_tutorial.models.tap import Tap
+from dager_tutorial.server.encoder.interior_point import relax
+from dager_tutorial.server.subspace import Span
+from dager_tutorial.server.token_filter import Candidates, first_vectors
+from dager_tutorial.server.unmixing import Incidence, candidate_tokens
 
 # Equations of one relaxation. Several hundred decide between thousands of candidates where enough tokens are known;
 # what they leave open is tried once more with as many as memory allows, up to the second number; below

@@ -1,0 +1,1 @@
+"""Truth and result side by side: metrics, benchmarks, ablations. Nothing of client or server may import from here."""

@@ -1,0 +1,147 @@
+"""Every number in the attack that is not read off the update: what it is, where it comes from, what it is for.
+
+None of them is an option, and all are the same for every model, batch and precision. `dager bench sensitivity` halves and
+doubles each in turn and reports what changes; `docs/sensitivity.md` holds the table that it wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+
+def _constant(value: Any, meaning: str, origin: str) -> Any:
+    return field(default=value, metadata={"meaning": meaning, "origin": origin})
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The numbers, by name. Read them through `constants()`, which `varied` can change for a while."""
+
+    # Span: rank, noise, and the test of membership (chapter 2)
+    miss_rate: float = _constant(1e-6, "share of true rows that a span test rejects by noise alone", "chosen")
+    model_error: float = _constant(
+        4.0, "a true row's residual may be so many times the predicted one", "measured: z of true rows 0.8 to 1.5"
+    )
+    clear_gap: float = _constant(
+        30.0, "ratio of neighbouring singular values that noise does not make", "measured: gaps of signals 1e3 to 1e6"
+    )
+    nearly_full: float = _constant(
+        0.9, "without a clear gap, share of the width above which a rank counts as full", "measured"
+    )
+    uneven_rounding: float = _constant(
+        100.0, "noise over the floor of storage above which it is measured for each output", "measured"
+    )
+    largest_rounding: float = _constant(
+        1000.0, "largest rounding errors of a gradient's sums over those of storing it", "measured: random BERT-base"
+    )
+    storage_rounding: float = _constant(
+        0.2, "root mean square of rounding to nearest, in units of epsilon and of the entry", "numerics: 0.2 to 0.29"
+    )
+    projection_error: float = _constant(2.0**-23, "relative error of projecting in float32", "numerics: epsilon")
+    leverage_shift: float = _constant(
+        12.0, "largest shift of a true row's log-leverage, in deviations of false ones", "measured: 2 to 12"
+    )
+    # Rounding of hidden states
+    probe_texts: int = _constant(8, "random texts on which the rounding of hidden states is measured", "cost")
+    probe_length: int = _constant(4, "tokens of each of them", "cost")
+    probe_blocks: int = _constant(2, "blocks measured; deeper ones grow with the root of the depth", "measured")
+    null_texts: int = _constant(64, "random texts whose rows say what log-leverages false rows have", "statistics")
+    # Token filter (chapter 3)
+    filter_directions: int = _constant(64, "random directions of the complement that screen all pairs", "cost")
+    filter_positions: int = _constant(32, "positions that are screened in one product", "cost")
+    filter_pairs: int = _constant(8192, "pairs that are tested exactly at once", "cost")
+    # Decoder search (chapters 4 and 7)
+    search_directions: int = _constant(32, "random directions that screen extensions of prefixes", "cost")
+    screen_slack: float = _constant(2.0, "screened residuals may exceed the bound by so much", "statistics")
+    longest_repeat: int = _constant(512, "how far a repeated first token is followed while rows are missing", "cost")
+    longest_repeat_in_noise: int = _constant(16, "the same where noise hides how many rows there are", "cost")
+    tokens_at_once: int = _constant(2048, "tokens that go through the whole network at once", "cost")
+    false_alarms: float = _constant(
+        0.01, "extensions that chance alone may keep at one position of a search by leverage", "chosen"
+    )
+    carried: int = _constant(16, "extensions carried through the MLP for each prefix that was kept", "cost")
+    usual_sample: int = _constant(512, "extensions that tell which leverages are usual at a position", "statistics")
+    widest: int = _constant(128, "prefixes of one length that a search by leverage keeps at most", "cost")
+    # Unmixing and incidence (chapters 3 and 5)
+    ridge: float = _constant(1e-3, "ridge of the regression of positions on tokens, share of a token's square", "numerics")
+    weakest: float = _constant(1e-3, "share of a head's mean variance below which directions count less", "numerics")
+    once: float = _constant(0.8, "largest coefficient from which a token stands at one position only", "measured")
+    coefficient_noise: float = _constant(2.0, "deviations from zero at which a token may stand elsewhere", "statistics")
+    fewest_apart: int = _constant(20, "pairs known to be in different texts that calibrate the likeness", "statistics")
+    # Encoder search (chapter 5)
+    equations: int = _constant(480, "equations of a quick relaxation", "measured")
+    most_equations: int = _constant(1440, "equations of a thorough one", "cost")
+    fewest_equations: int = _constant(240, "equations below which a relaxation is not tried", "measured")
+    queries: int = _constant(16, "known tokens whose attention is asked", "cost")
+    settled_weight: float = _constant(0.9, "weight above which a position counts as known in the next round", "measured")
+    growth_rounds: int = _constant(3, "rounds in which a text grows around what is known", "cost")
+    polish_directions: int = _constant(48, "random directions in which the polish measures", "cost")
+    sweeps: int = _constant(3, "passes of the polish over a text", "cost")
+    short_text: int = _constant(8, "length up to which a text is cut out of the weights at every length", "measured")
+    failures: int = _constant(40, "seeds in a row without a text before the search gives up", "cost")
+    # Interior point (chapter 5)
+    iterations: int = _constant(40, "most iterations of the interior-point method", "cost: 15 to 20 are used")
+    solved: float = _constant(3e-6, "residual at which the equations are solved to rounding", "numerics")
+    spent: float = _constant(1e-13, "barrier at which no digits are left to gain", "numerics")
+    constraint_weight: float = _constant(3.0, "weight of the constraints' rows against the equations'", "numerics")
+    dead_weight: float = _constant(2e-4, "weight below which a candidate is dropped", "numerics")
+    settling: int = _constant(4, "iterations before candidates are dropped", "measured")
+
+
+class ConstantRecord(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        name: The field of `Constants`.
+        value: Its value.
+        meaning: What it is, one phrase.
+        origin: Where it comes from: chosen, measured, statistics, numerics or cost (results do not depend on it).
+    """
+
+    name: str
+    value: float
+    meaning: str
+    origin: str
+
+
+def constant_table() -> list[ConstantRecord]:
+    """The constants with meaning and origin, in the order of the attack.
+
+    >>> constant_table()[0].name
+    'miss_rate'
+    """
+    return [
+        ConstantRecord(each.name, each.default, each.metadata["meaning"], each.metadata["origin"])
+        for each in fields(Constants)
+        if isinstance(each.default, (int, float))
+    ]
+
+
+_ACTIVE: ContextVar[Constants] = ContextVar("constants", default=Constants())  # noqa: B039 (frozen)
+
+
+def constants() -> Constants:
+    """The numbers in force."""
+    return _ACTIVE.get()
+
+
+@contextmanager
+def varied(**values: float) -> Iterator[None]:
+    """Put other numbers in force while the block runs, for experiments.
+
+    Args:
+        values: New values by the names of `Constants`.
+
+    >>> with varied(clear_gap=60.0):
+    ...     print(constants().clear_gap)
+    60.0
+    """
+    token = _ACTIVE.set(replace(constants(), **values))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
