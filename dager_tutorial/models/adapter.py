@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from dager_tutorial.models.first_input import FirstInput
 from dager_tutorial.models.tap import KINDS, QKV, QUERY, Tap
 
+
 class Adapter(ABC):
     """One architecture family. Subclasses are leaves and say where its submodules are.
 

@@ -37,7 +37,9 @@ class FirstInput:
         """`u - mean(u)`, or u itself for an RMS norm: what the deviation is computed from."""
         return embedding - embedding.mean(-1, keepdim=True) if self.centred else embedding
 
-    def vectors(self, tokens: Int[Tensor, " pairs"], positions: Int[Tensor, " pairs"] | None) -> Float[Tensor, "pairs width"]:
+    def vectors(
+        self, tokens: Int[Tensor, " pairs"], positions: Int[Tensor, " pairs"] | None
+    ) -> Float[Tensor, "pairs width"]:
         """Inputs of block 0's attention for token-position pairs (chapter 3).
 
         Args:

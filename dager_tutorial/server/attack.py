@@ -1,24 +1,25 @@
 """The whole attack: an update and a model in, a reconstruction and a diagnosis out (chapter 6).
 
 Nothing here has a threshold to set. Each stage is a file of its own: `subspace` reads spans off the gradients,
-`token_filter` finds candidates, `decoder` grows prefixes of causal models and `sentences` tells where texts end,
-`unmixing` and `encoder` find whole texts of bidirectional ones.
+`token_filter` finds candidates, `decoder` grows prefixes of causal models and tells where texts end, `unmixing` and
+`encoder` find whole texts of bidirectional ones.
 """
 
 from __future__ import annotations
 
-import time
-
-from dager_tutorial.server.decoder.run import DecoderRun
-from dager_tutorial.server.encoder.run import EncoderRun
-from dager_tutorial.server.evidence import evidence_of
-from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
-from dager_tutorial.server.budget import AttackConfig, Progress, Run
+from dager_tutorial.server.budget import AttackConfig, Budget, Progress
+from dager_tutorial.server.decoder.run import recover_prefixes
+from dager_tutorial.server.encoder.run import recover_texts
+from dager_tutorial.server.evidence import Evidence, evidence_of
+from dager_tutorial.server.outcome import Outcome
+from dager_tutorial.server.verdict import unreadable
+from dager_tutorial.stopwatch import Stopwatch, peak_memory_mb
 from dager_tutorial.update import Update
 
-__all__ = ["AttackConfig", "attack"]
+STAGES = ("subspace", "filter", "search")
 
 
 def attack(
@@ -46,7 +47,32 @@ def attack(
     See chapter 6, and Petrov et al., DAGER, NeurIPS 2024 for the attack this one builds on.
     """
     config = config or AttackConfig()
-    begin = time.perf_counter()
-    evidence = evidence_of(model, update)
-    run: type[Run] = DecoderRun if isinstance(evidence.adapter, DecoderAdapter) else EncoderRun
-    return run(model, evidence, config, progress, begin).reconstruction()
+    watch = Stopwatch()
+    budget = Budget.of(config, watch.begin, progress)
+    evidence = evidence_of(model, update, watch)
+    outcome = unreadable(evidence) or _recovered(evidence, budget, config.without)
+    return _reconstruction(model, evidence, outcome)
+
+
+def _recovered(evidence: Evidence, budget: Budget, without: frozenset[str]) -> Outcome:
+    """The outcome of the search that fits the architecture."""
+    if isinstance(evidence.adapter, DecoderAdapter):
+        return recover_prefixes(evidence, budget)
+    return recover_texts(evidence, budget, without)
+
+
+def _reconstruction(model: LanguageModel, evidence: Evidence, outcome: Outcome) -> Reconstruction:
+    """Put everything a reader may want to know into one record."""
+    return Reconstruction(
+        sequences=tuple(text.tokens for text in outcome.texts),
+        texts=tuple(model.text_of(text.tokens) for text in outcome.texts),
+        scores=tuple(text.ratio for text in outcome.texts),
+        status=outcome.status,
+        confirmations=tuple(text.confirmation for text in outcome.texts),
+        diagnosis=outcome.diagnosis,
+        seconds=evidence.watch.report(*STAGES),
+        ranks={tap: span.rank for tap, span in evidence.spans.items() if span is not None},
+        model=model.name,
+        n_parameters_used=evidence.parameters_used,
+        peak_rss_mb=peak_memory_mb(),
+    )

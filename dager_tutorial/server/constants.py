@@ -49,7 +49,8 @@ class Constants:
     probe_texts: int = _constant(8, "random texts on which the rounding of hidden states is measured", "cost")
     probe_length: int = _constant(4, "tokens of each of them", "cost")
     probe_blocks: int = _constant(2, "blocks measured; deeper ones grow with the root of the depth", "measured")
-    null_texts: int = _constant(64, "random texts whose rows say what log-leverages false rows have", "statistics")
+    null_texts: int = _constant(16, "random texts whose rows say what log-leverages false rows have", "statistics")
+    null_length: int = _constant(16, "tokens of each of them", "statistics")
     # Token filter (chapter 3)
     filter_directions: int = _constant(64, "random directions of the complement that screen all pairs", "cost")
     filter_positions: int = _constant(32, "positions that are screened in one product", "cost")
@@ -67,7 +68,9 @@ class Constants:
     usual_sample: int = _constant(512, "extensions that tell which leverages are usual at a position", "statistics")
     widest: int = _constant(128, "prefixes of one length that a search by leverage keeps at most", "cost")
     # Unmixing and incidence (chapters 3 and 5)
-    ridge: float = _constant(1e-3, "ridge of the regression of positions on tokens, share of a token's square", "numerics")
+    ridge: float = _constant(
+        1e-3, "ridge of the regression of positions on tokens, share of a token's square", "numerics"
+    )
     weakest: float = _constant(1e-3, "share of a head's mean variance below which directions count less", "numerics")
     once: float = _constant(0.8, "largest coefficient from which a token stands at one position only", "measured")
     coefficient_noise: float = _constant(2.0, "deviations from zero at which a token may stand elsewhere", "statistics")
@@ -77,7 +80,9 @@ class Constants:
     most_equations: int = _constant(1440, "equations of a thorough one", "cost")
     fewest_equations: int = _constant(240, "equations below which a relaxation is not tried", "measured")
     queries: int = _constant(16, "known tokens whose attention is asked", "cost")
-    settled_weight: float = _constant(0.9, "weight above which a position counts as known in the next round", "measured")
+    settled_weight: float = _constant(
+        0.9, "weight above which a position counts as known in the next round", "measured"
+    )
     growth_rounds: int = _constant(3, "rounds in which a text grows around what is known", "cost")
     polish_directions: int = _constant(48, "random directions in which the polish measures", "cost")
     sweeps: int = _constant(3, "passes of the polish over a text", "cost")

@@ -1,4 +1,4 @@
-"""How precisely the server can know the vectors that a client computed.
+"""How precisely the server can know the vectors that a client computed (chapter 2).
 
 Client and server run the same network, but not the same kernels in the same order: their hidden states differ by
 rounding, little in float32 and much in bfloat16. A span test has to allow for it. It is measured, not assumed: a few
@@ -9,49 +9,32 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dager_tutorial.models.adapter import Adapter, DecoderAdapter, EncoderAdapter
+from dager_tutorial.models.attention import attend, unseen
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
-from dager_tutorial.models.adapter import DecoderAdapter
-
-PROBE_TEXTS, PROBE_LENGTH = 8, 4
+from dager_tutorial.server.constants import constants
 
 
-def attend(
-    adapter: DecoderAdapter,
-    block: int,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts: Tensor | None = None,
-) -> Tensor:
-    """Attention of one query per text over its keys, the causal window applied.
+class Replayed(NamedTuple):
+    """What one block did with a few texts.
 
-    Args:
-        adapter: The architecture.
-        block: Index of the block.
-        query: rows x heads x width.
-        keys: rows x length x key heads x width, the query's own key last.
-        values: Like `keys`.
-        starts: int64, rows: how many of the first keys are not part of the text; None for none.
-
-    Returns:
-        rows x (heads * width), the input of the attention's output map.
+    Attributes:
+        inputs: For each kind of tap the vectors that entered it, texts x length x inputs.
+        hidden: What the next block gets, texts x length x width.
     """
-    window = adapter.window(block)
-    first = 0 if window is None else max(0, keys.shape[1] - window)
-    groups = adapter.num_heads // adapter.num_key_heads
-    query = query.unflatten(1, (adapter.num_key_heads, groups))
-    scores = torch.einsum("rkgw,rlkw->rkgl", query, keys[:, first:]) * adapter.scaling(block)
-    if starts is not None:
-        hidden = torch.arange(first, keys.shape[1], device=keys.device) < starts[:, None]
-        scores = scores.masked_fill(hidden[:, None, None], -math.inf)
-    return torch.einsum("rkgl,rlkw->rkgw", scores.softmax(-1), values[:, first:]).flatten(1)
+
+    inputs: dict[str, Tensor]
+    hidden: Tensor
 
 
-def rounding_errors(adapter: DecoderAdapter, dtype: torch.dtype, blocks: int, seed: int = 0) -> dict[Tap, float]:
+def rounding_errors(adapter: Adapter, dtype: torch.dtype, blocks: int, seed: int = 0) -> dict[Tap, float]:
     """Relative error of every tap's input: client in `dtype`, server in float32, both against float64.
 
     Args:
@@ -61,59 +44,125 @@ def rounding_errors(adapter: DecoderAdapter, dtype: torch.dtype, blocks: int, se
         seed: Seed of the probe's tokens.
 
     Returns:
-        For each tap of these blocks the root mean square of |difference| / |vector|.
+        For each tap of these blocks the root mean square of difference over vector.
     """
-    vocabulary = adapter.first_input.tokens.shape[0]
-    tokens = torch.randint(vocabulary, (PROBE_LENGTH, PROBE_TEXTS), generator=torch.Generator().manual_seed(seed))
-    device = adapter.first_input.tokens.device
-    start = [adapter.embed(row.to(device), position) for position, row in enumerate(tokens)]
-    types = list(dict.fromkeys([torch.float64, torch.float32, dtype]))
-    hidden = {kind: [state.to(kind) for state in start] for kind in types}
-    errors: dict[Tap, float] = {}
-    for block in range(blocks):
-        inputs = {}
-        for kind in types:
-            part = adapter if kind == torch.float32 else _converted(adapter, block, kind)
-            inputs[kind], hidden[kind] = _run_block(part, block, hidden[kind])
-        for name, exact in inputs[torch.float64].items():
-            parts = [_relative(inputs[kind][name], exact) for kind in (torch.float32, dtype)]
-            errors[adapter.tap(block, name)] = math.hypot(*parts)
-    return errors
+    tokens = probe(adapter, constants().probe_texts, constants().probe_length, seed)
+    exact, *others = (_inputs(adapter, kind, tokens, blocks) for kind in (torch.float64, torch.float32, dtype))
+    return {tap: math.hypot(*(_relative(other[tap], vectors) for other in others)) for tap, vectors in exact.items()}
+
+
+def probe(adapter: Adapter, texts: int, length: int, seed: int) -> Int[Tensor, "texts length"]:
+    """Random token ids (int64), the same on every device.
+
+    Args:
+        adapter: The architecture, which has the vocabulary.
+        texts: How many texts.
+        length: Tokens of each.
+        seed: Seed of the draw.
+    """
+    table = adapter.first_input.tokens
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(len(table), (length, texts), generator=draw).T.to(table.device)
 
 
 def _relative(vectors: Tensor, exact: Tensor) -> float:
-    difference = (vectors.double() - exact).norm(dim=1) / exact.norm(dim=1).clamp(min=1e-300)
+    difference = (vectors.to(exact) - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-300)
     return difference.square().mean().sqrt().item()
 
 
-def _converted(adapter: DecoderAdapter, block: int, dtype: torch.dtype) -> DecoderAdapter:
+def _inputs(adapter: Adapter, dtype: torch.dtype, tokens: Tensor, blocks: int) -> dict[Tap, Tensor]:
+    """Inputs of every tap of the first blocks, computed in one precision."""
+    exact = dtype == torch.float64 and tokens.device.type == "mps"  # which has no float64
+    place = torch.device("cpu") if exact else tokens.device
+    hidden = _entering(adapter, tokens, dtype, place)
+    found: dict[Tap, Tensor] = {}
+    for block in range(blocks):
+        replayed = replay(_converted(adapter, block, dtype, place), block, hidden)
+        hidden = replayed.hidden
+        found |= {adapter.tap(block, kind): vectors for kind, vectors in replayed.inputs.items()}
+    return found
+
+
+def _entering(adapter: Adapter, tokens: Tensor, dtype: torch.dtype, place: torch.device) -> Tensor:
+    """What enters block 0 (texts x length x width)."""
+    if isinstance(adapter, DecoderAdapter):
+        states = [adapter.embed(column, position) for position, column in enumerate(tokens.T)]
+        return torch.stack(states, 1).to(place, dtype)
+    # An encoder's norm stands before block 0: its vectors are computed in the precision, too.
+    source = adapter.first_input
+    rows = source.tokens[tokens.flatten()]
+    if source.positions is not None:
+        rows = rows + source.positions[: tokens.shape[1]].repeat(len(tokens), 1)
+    few = replace(
+        source,
+        tokens=rows.to(place, dtype),
+        positions=None,
+        gain=source.gain.to(place, dtype),
+        bias=None if source.bias is None else source.bias.to(place, dtype),
+    )
+    return few.vectors(torch.arange(len(rows), device=place), None).unflatten(0, tuple(tokens.shape))
+
+
+def _converted(adapter: Adapter, block: int, dtype: torch.dtype, place: torch.device) -> Adapter:
     """The same adapter over a network that shares everything but one block, which is copied into `dtype`."""
-    network = copy.copy(adapter.network)
-    network._modules = dict(network._modules)
-    name = next(name for name, module in network._modules.items() if module is adapter.blocks)
+    if dtype == torch.float32:
+        return adapter
     parts = list(adapter.blocks)
-    parts[block] = copy.deepcopy(parts[block]).to(dtype)
-    network._modules[name] = nn.ModuleList(parts)
-    return type(adapter)(network)
+    parts[block] = copy.deepcopy(parts[block]).to(place, dtype)
+    swapped = nn.ModuleList(parts)
+    return type(adapter)(_with_blocks(adapter.network, adapter.blocks, swapped))
+
+
+def _with_blocks(module: nn.Module, blocks: nn.Module, swapped: nn.Module) -> nn.Module:
+    """A shallow copy of a module in which one list of blocks, at any depth, is another one."""
+    twin = copy.copy(module)
+    twin._modules = {
+        name: swapped
+        if child is blocks
+        else _with_blocks(child, blocks, swapped)
+        if _contains(child, blocks)
+        else child
+        for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _contains(module: nn.Module | None, wanted: nn.Module) -> bool:
+    return module is not None and any(child is wanted for child in module.modules())
 
 
 @torch.no_grad()
-def _run_block(adapter: DecoderAdapter, block: int, hidden: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Inputs of the block's taps (positions * texts x inputs) and the hidden states after it, position by position."""
-    normed, attended, entering, leaving = [], [], [], []
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    for position, state in enumerate(hidden):
-        vectors = adapter.attention_input(block, state)
-        query, key, value = adapter.project(block, vectors, position)
-        keys.append(key)
-        values.append(value)
-        mixed = attend(adapter, block, query, torch.stack(keys, 1), torch.stack(values, 1))
+def replay(adapter: Adapter, block: int, hidden: Float[Tensor, "texts length width"]) -> Replayed:
+    """Run one block piece by piece on whole texts without pads, in the precision of the block.
+
+    Args:
+        adapter: The architecture.
+        block: Index of the block.
+        hidden: What enters the block: before its norm for a decoder, behind it for an encoder.
+    """
+    if isinstance(adapter, DecoderAdapter):
+        return _replay_decoder(adapter, block, hidden)
+    assert isinstance(adapter, EncoderAdapter)
+    query, keys, values = adapter.project(block, hidden)
+    attended = attend(query, keys[:, None], values[:, None], adapter.scaling(block))
+    inner = adapter.after_attention(block, hidden, attended)
+    return Replayed({QKV: hidden, ATTENTION_OUTPUT: attended, MLP: inner}, adapter.after_mlp(block, inner))
+
+
+def _replay_decoder(adapter: DecoderAdapter, block: int, hidden: Tensor) -> Replayed:
+    """Position by position: rotary models turn queries and keys by their place."""
+    by_position = hidden.unbind(1)
+    vectors = [adapter.attention_input(block, state) for state in by_position]
+    parts = [adapter.project(block, each, position) for position, each in enumerate(vectors)]
+    _, keys, values = (torch.stack(part, 1) for part in zip(*parts, strict=True))
+    starts = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+    attended, inner, leaving = [], [], []
+    for position, state in enumerate(by_position):
+        seen, hide = slice(position + 1), unseen(position + 1, starts, adapter.window(block))
+        mixed = attend(parts[position][0], keys[:, seen], values[:, seen], adapter.scaling(block), hide)
         state = adapter.after_attention(block, state, mixed)
-        inner = adapter.mlp_input(block, state)
-        normed.append(vectors)
         attended.append(mixed)
-        entering.append(inner)
-        leaving.append(adapter.after_mlp(block, state, inner))
-    taps = {QKV: torch.cat(normed), ATTENTION_OUTPUT: torch.cat(attended), MLP: torch.cat(entering)}
-    return taps, leaving
+        inner.append(adapter.mlp_input(block, state))
+        leaving.append(adapter.after_mlp(block, state, inner[-1]))
+    taps = {QKV: vectors, ATTENTION_OUTPUT: attended, MLP: inner}
+    return Replayed({kind: torch.stack(each, 1) for kind, each in taps.items()}, torch.stack(leaving, 1))

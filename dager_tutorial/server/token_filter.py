@@ -11,19 +11,17 @@ component of the graph of token-position pairs passes (chapter 3). Nothing here 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from dager_tutorial.models.first_input import FirstInput
+from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.constants import constants
+from dager_tutorial.server.odds import chance_quantile, usual
 from dager_tutorial.server.subspace import Span
-
-# Directions that decide most pairs. Chance lets a false pair of residual r through with probability about
-# (bound / r)^64, and the exact test follows anyway.
-SCREEN_DIRECTIONS = 64
-POSITIONS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,10 @@ class Candidates:
         every_position: True where the one entry holds for every position.
     """
 
-    tokens: tuple[Tensor, ...]
+    tokens: tuple[Int[Tensor, " _"], ...]
     every_position: bool
 
-    def at(self, position: int) -> Tensor:
+    def at(self, position: int) -> Int[Tensor, " here"]:
         """Token ids (int64) that may stand at a position."""
         if self.every_position:
             return self.tokens[0]
@@ -51,28 +49,17 @@ class Candidates:
         """Number of token-position pairs that passed (of tokens, for rotary models)."""
         return sum(len(tokens) for tokens in self.tokens)
 
-
-def first_vectors(source: FirstInput, tokens: Tensor, positions: Tensor | None) -> Tensor:
-    """Inputs of block 0's attention for token-position pairs.
-
-    Args:
-        source: The model's factors.
-        tokens: int64, pairs.
-        positions: int64, pairs; None for rotary models.
-
-    Returns:
-        float32, pairs x width.
-    """
-    embedding = source.tokens[tokens]
-    if source.positions is not None and positions is not None:
-        embedding = embedding + source.positions[positions]
-    spread = source.spread(embedding)
-    vectors = spread / (spread.square().mean(-1, keepdim=True) + source.epsilon).sqrt() * source.gain
-    return vectors if source.bias is None else vectors + source.bias
+    def distinct(self) -> Int[Tensor, " tokens"]:
+        """The distinct tokens (int64, sorted) that pass the filter anywhere."""
+        return torch.cat(self.tokens).unique()
 
 
 class _Screen:
-    """Squared residuals of all tokens at some positions, on a few random directions of the complement."""
+    """Squared residuals of all tokens at some positions, on a few random directions of the complement.
+
+    The directions decide most pairs: chance lets a false one of residual r through with probability about
+    (bound / r) ^ directions, and the exact test follows anyway.
+    """
 
     def __init__(self, source: FirstInput, directions: Tensor) -> None:
         self.source, self.directions = source, directions
@@ -95,33 +82,33 @@ class _Screen:
         """
         part, spread = self.source.linear(positions) @ self.directions, self.source.spread(positions)
         gain = float(self.source.gain.abs().max()) * self.width**0.5 + self.bias_size
-        limit = 2 * worst * gain
+        limit = constants().screen_slack * worst * gain
         own = self.token_part.square().sum(1)[:, None] + part.square().sum(1)
         residual = own + 2 * self.token_part @ part.T
         # Squares cancel to within float32 rounding of their largest terms.
         rounding = 1e-6 * own
         if float(self.bias_part.norm()) <= limit:
-            # The bias lies in the span: no deviation is needed, only the largest it can be.
-            deviation = self.token_square.clamp(min=0).sqrt() + float(spread.norm(dim=1).max())
-            largest = deviation.square() / self.width + self.source.epsilon
+            largest = self._largest_variance(spread)
             return (residual - rounding <= (2 * limit) ** 2 * largest[:, None]).nonzero()
-        # The positions' spread has mean zero where the norm subtracts means: the tokens' own need not be subtracted.
-        variance = self.token_square[:, None] + spread.square().sum(1) + 2 * self.source.tokens @ spread.T
-        scale = (variance / self.width + self.source.epsilon).clamp(min=1e-30).rsqrt()
+        scale = self._scales(spread)
         rounding = rounding * scale.square() + 1e-6 * self.bias_part.square().sum()
         residual = residual * scale.square() + self.bias_part.square().sum()
         residual += 2 * ((self.token_part @ self.bias_part)[:, None] + part @ self.bias_part) * scale
         return (residual - rounding <= limit**2).nonzero()
 
+    def _largest_variance(self, spread: Tensor) -> Tensor:
+        """The largest that each token's variance can be: enough where the bias lies in the span (tokens)."""
+        deviation = self.token_square.clamp(min=0).sqrt() + float(spread.norm(dim=1).max())
+        return deviation.square() / self.width + self.source.epsilon
 
-def filter_tokens(
-    source: FirstInput,
-    span: Span,
-    *,
-    seed: int = 0,
-    chunk: int = 8192,
-    progress: Callable[[int, int | None], None] | None = None,
-) -> Candidates:
+    def _scales(self, spread: Tensor) -> Tensor:
+        """One over the deviation of each pair (tokens x positions)."""
+        # The positions' spread has mean zero where the norm subtracts means: the tokens' own need not be subtracted.
+        variance = self.token_square[:, None] + spread.square().sum(1) + 2 * self.source.tokens @ spread.T
+        return (variance / self.width + self.source.epsilon).clamp(min=1e-30).rsqrt()
+
+
+def filter_tokens(source: FirstInput, span: Span, budget: Budget | None = None) -> Candidates:
     """Test the whole vocabulary at every position against the span of block 0's attention input.
 
     Positions are visited in order until a stretch of them holds no token.
@@ -129,51 +116,81 @@ def filter_tokens(
     Args:
         source: Factors of block 0's attention input.
         span: Span of block 0's query, key and value gradient.
-        seed: Seed of the screening directions.
-        chunk: Pairs that are tested exactly at once.
-        progress: Called with positions done and None.
+        budget: What it may cost: past the deadline, what was confirmed so far is returned. None for the usual one.
 
     Returns:
         The candidates, tokens in falling order of fit at each position.
+
+    See chapter 3.
     """
-    directions = span.screen(SCREEN_DIRECTIONS, torch.Generator().manual_seed(seed))
-    screen = _Screen(source, directions)
+    budget = budget or Budget()
+    screen = _Screen(source, span.screen(constants().filter_directions, budget.generator()))
     if source.positions is None:
-        alone = torch.zeros(1, screen.width, device=directions.device)
+        alone = screen.directions.new_zeros(1, screen.width)
         pairs = screen.passing(alone, span.worst)
-        return Candidates((_confirmed(source, span, pairs[:, 0], None, chunk),), every_position=True)
+        return Candidates((_confirmed(source, span, pairs[:, 0], None, budget),), every_position=True)
     found: list[Tensor] = []
-    for start in range(0, len(source.positions), POSITIONS_AT_ONCE):
-        places = source.positions[start : start + POSITIONS_AT_ONCE]
-        pairs = screen.passing(places, span.worst)
-        stretch = _by_position(source, span, pairs, start, len(places), chunk)
-        if progress:
-            progress(start + len(places), None)
-        if found and not any(len(tokens) for tokens in stretch):
+    for start in range(0, len(source.positions), constants().filter_positions):
+        stretch = _stretch(screen, span, start, budget)
+        ended = not any(len(tokens) for tokens in stretch)
+        if found and ended:
             break
         # A left-padded batch may leave the first positions empty: skip them until the first token.
-        if found or any(len(tokens) for tokens in stretch):
-            found += [pairs[:0, 0]] * (start - len(found)) + stretch
+        if not ended:
+            found += [stretch[0][:0]] * (start - len(found)) + stretch
+        if budget.late:
+            break
     while found and not len(found[-1]):
         found.pop()
     return Candidates(tuple(found), every_position=False)
 
 
-def _by_position(source: FirstInput, span: Span, pairs: Tensor, start: int, count: int, chunk: int) -> list[Tensor]:
-    """Confirmed tokens of each of `count` positions from `start` on."""
-    passed = []
-    for index in range(count):
-        tokens = pairs[pairs[:, 1] == index, 0]
-        passed.append(_confirmed(source, span, tokens, start + index, chunk))
-    return passed
+def _stretch(screen: _Screen, span: Span, start: int, budget: Budget) -> list[Tensor]:
+    """Confirmed tokens of each of some positions from `start` on."""
+    positions = screen.source.positions
+    assert positions is not None
+    places = positions[start : start + constants().filter_positions]
+    pairs = screen.passing(places, span.worst)
+    tokens = [pairs[pairs[:, 1] == index, 0] for index in range(len(places))]
+    stretch = [_confirmed(screen.source, span, each, start + index, budget) for index, each in enumerate(tokens)]
+    budget.report("filter", start + len(places))
+    return stretch
 
 
-def _confirmed(source: FirstInput, span: Span, tokens: Tensor, position: int | None, chunk: int) -> Tensor:
+def _confirmed(source: FirstInput, span: Span, tokens: Tensor, position: int | None, budget: Budget) -> Tensor:
     """Those of the tokens whose exact residual is one of a true row, best first."""
-    kept, ratios = [tokens[:0]], [torch.empty(0, device=tokens.device)]
-    for part in tokens.split(chunk):
+    kept, ratios = [tokens[:0]], [source.tokens.new_empty(0)]
+    for part in tokens.split(constants().filter_pairs):
+        if budget.late:
+            break
         places = None if position is None else torch.full_like(part, position)
-        ratio = span.ratio(first_vectors(source, part, places))
+        ratio = span.ratio(source.vectors(part, places))
         kept.append(part[ratio <= span.bound])
         ratios.append(ratio[ratio <= span.bound])
     return torch.cat(kept)[torch.cat(ratios).argsort(stable=True)]
+
+
+def filter_by_leverage(source: FirstInput, span: Span, budget: Budget) -> Candidates:
+    """Candidates where even block 0 is full: the tokens whose leverage stands out from the vocabulary's (chapter 7).
+
+    Args:
+        source: Factors of block 0's attention input.
+        span: Span of block 0's query, key and value gradient.
+        budget: What it may cost.
+
+    Returns:
+        The candidates of each position up to the first that has none.
+    """
+    vocabulary = torch.arange(len(source.tokens), device=source.tokens.device)
+    needed = chance_quantile(constants().false_alarms / len(vocabulary))
+    found: list[Tensor] = []
+    for position in range(1 if source.positions is None else len(source.positions)):
+        parts = vocabulary.split(constants().filter_pairs)
+        leverages = torch.cat(
+            [span.log_leverage(source.vectors(part, torch.full_like(part, position))) for part in parts]
+        )
+        tokens = vocabulary[usual(leverages).deviations(leverages) <= -needed]
+        if not len(tokens) or budget.late:
+            break
+        found.append(tokens)
+    return Candidates(tuple(found) or (vocabulary[:0],), every_position=source.positions is None)

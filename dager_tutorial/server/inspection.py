@@ -1,0 +1,83 @@
+"""A look at an update before any attack: rank, noise and verdict of every tap (chapter 6)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.tap import Tap
+from dager_tutorial.server.evidence import Evidence, evidence_of
+from dager_tutorial.server.verdict import prospects
+from dager_tutorial.update import Update
+
+
+class TapReport(NamedTuple):
+    """One tap of an update, as `dager inspect` shows it.
+
+    Attributes:
+        tap: The tap.
+        shape: (outputs, inputs) of its stacked gradient.
+        rank: Numerical rank.
+        noise_floor: Relative noise: root mean square of a noise entry over that of a gradient entry.
+        gap: Ratio of the last signal to the first noise singular value.
+        saturated: True where no residual is left to test.
+    """
+
+    tap: Tap
+    shape: tuple[int, int]
+    rank: int
+    noise_floor: float
+    gap: float
+    saturated: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON types only, the tap by its name; a gap that is not finite becomes null."""
+        gap = self.gap if math.isfinite(self.gap) else None
+        record = self._asdict() | {"name": self.tap.name, "shape": list(self.shape), "gap": gap}
+        return {key: record[key] for key in ("name", "shape", "rank", "noise_floor", "gap", "saturated")}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an update gives away, before any search.
+
+    Attributes:
+        rows: One report for each tap that was shared.
+        verdict: One sentence for people.
+    """
+
+    rows: tuple[TapReport, ...]
+    verdict: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON types only."""
+        return {"rows": [row.to_json() for row in self.rows], "verdict": self.verdict}
+
+
+def inspect_update(model: LanguageModel, update: Update) -> Inspection:
+    """Read rank, noise and verdict off every tap of an update.
+
+    Args:
+        model: The model both sides know.
+        update: What the client sent.
+
+    Raises:
+        UpdateError: The update does not belong to the model.
+        ModelError: The architecture has no adapter.
+    """
+    evidence = evidence_of(model, update)
+    reports = (_report(evidence, tap) for tap in evidence.adapter.taps())
+    return Inspection(tuple(report for report in reports if report is not None), prospects(evidence))
+
+
+def _report(evidence: Evidence, tap: Tap) -> TapReport | None:
+    """One tap's row, or None where nothing of it was shared."""
+    gradient, span = tap.gradient(evidence.gradients), evidence.span(tap)
+    if gradient is None:
+        return None
+    shape = (gradient.shape[0], gradient.shape[1])
+    if span is None:
+        return TapReport(tap, shape, 0, 0.0, 1.0, saturated=False)
+    return TapReport(tap, shape, span.rank, span.noise_floor, span.gap, span.saturated)

@@ -1,0 +1,159 @@
+"""Every verdict of the attack in one place: from what was counted to a status and one sentence (chapters 6 and 7).
+
+Why equal counts are a proof. The span test passes every true row (but for `miss_rate` of them), so the true rows are
+among the confirmed ones; and a matrix `X^T G` has at most as many independent rows as X has distinct ones, so the rank
+is at most the number of true rows. Where as many rows are confirmed as the rank tells, nothing else can be among them.
+"""
+
+from __future__ import annotations
+
+from dager_tutorial.models.adapter import Adapter, DecoderAdapter
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
+from dager_tutorial.server.evidence import Evidence
+from dager_tutorial.server.outcome import Ends, Outcome
+from dager_tutorial.status import Status
+
+Verdict = tuple[Status, str]
+
+
+def unreadable(evidence: Evidence) -> Outcome | None:
+    """The outcome where block 0 says nothing, so that no search can begin; None where it does say something."""
+    status = evidence.nothing_in(evidence.adapter.tap(0, QKV))
+    if status is None:
+        return None
+    said = {
+        Status.NO_SIGNAL: "block 0's query, key and value gradients are missing or zero: nothing to test tokens against",
+        Status.NOISE: "nothing in block 0's query, key and value gradients stands out from noise",
+    }
+    return Outcome(status, said[status])
+
+
+def no_candidates(*, late: bool, saturated: bool) -> Outcome:
+    """The outcome where no token of the vocabulary lies in the span of block 0.
+
+    Args:
+        late: The time budget was spent before all were tested.
+        saturated: The span is full.
+    """
+    if late:
+        return Outcome(Status.OUT_OF_TIME, "the time budget was spent while tokens were tested against block 0")
+    if saturated:
+        return Outcome(Status.SATURATED, "block 0 is full, and no token stands out by its leverage")
+    reason = "no token of the vocabulary lies in the span of block 0: another model, or noise of an unknown kind"
+    return Outcome(Status.WRONG_MODEL, reason)
+
+
+def no_beginning(adapter: Adapter, *, late: bool) -> Verdict:
+    """The verdict where tokens pass the filter, and none of them begins a text.
+
+    Args:
+        adapter: The architecture.
+        late: The time budget was spent.
+    """
+    if late:
+        return Status.OUT_OF_TIME, "tokens pass the filter; the time budget was spent before a text was found"
+    if adapter.num_blocks == 1:
+        return Status.PARTIAL, "tokens pass the filter; one block holds the rows that the loss reads, load more blocks"
+    reason = "tokens pass the filter, but none begins a text: another model, or noise of an unknown kind"
+    return Status.WRONG_MODEL, reason
+
+
+def of_prefixes(rows: int, expected: int | None, ends: Ends, *, late: bool) -> Verdict:
+    """The verdict on a tree of confirmed prefixes.
+
+    Args:
+        rows: How many distinct prefixes were confirmed.
+        expected: How many there are, where a rank with a clear gap tells.
+        ends: What the last block says of the texts' ends.
+        late: The time budget was spent.
+    """
+    if late:
+        return Status.OUT_OF_TIME, f"{rows} prefixes confirmed when the time budget was spent"
+    if expected is None:
+        if ends.complete:
+            return Status.ENDS_CONFIRMED, f"{rows} prefixes confirmed, and all {ends.rank} ends that the last block has"
+        return Status.PARTIAL, f"{rows} prefixes confirmed; noise hides how many there are"
+    if rows < expected:
+        return Status.PARTIAL, f"{rows} of {expected} distinct prefixes confirmed"
+    if rows > expected:
+        reason = f"{rows} prefixes pass where {expected} are independent: some are too alike to be told apart"
+        return Status.PARTIAL, reason
+    if not ends.seen:
+        return Status.ROWS_COMPLETE, f"all {expected} distinct prefixes are explained; no tap shows where texts end"
+    if not ends.all_confirmed:
+        return Status.PARTIAL, "a text ends where the last block sees no end"
+    return Status.TEXTS_COMPLETE, f"all {expected} distinct prefixes are explained, each text to its end"
+
+
+def of_leverage(ends: Ends, confirmed: int, *, late: bool) -> Verdict:
+    """The verdict on a search by leverage, where the rank is full.
+
+    Args:
+        ends: What the last block says of the texts' ends.
+        confirmed: How many of the texts it confirms.
+        late: The time budget was spent.
+    """
+    if not ends.seen:
+        said = "no block left to confirm a text"
+    else:
+        said = f"{confirmed} of {ends.rank} texts confirmed by the last block"
+    reason = f"about as many prefixes as the model is wide, told by leverage alone: {said}"
+    if late:
+        return Status.OUT_OF_TIME, f"{reason} when the time budget was spent"
+    return (Status.ENDS_CONFIRMED if ends.complete else Status.SATURATED), reason
+
+
+def of_texts(rows: int, expected: int | None, *, late: bool) -> Verdict:
+    """The verdict on an encoder's whole texts, from the rows they explain and those that a rank tells.
+
+    Args:
+        rows: How many rows the confirmed texts explain.
+        expected: How many there are, where a rank with a clear gap tells.
+        late: The time budget was spent.
+    """
+    if rows == expected:
+        return Status.TEXTS_COMPLETE, f"all {expected} rows of the batch are explained"
+    if late:
+        return Status.OUT_OF_TIME, f"{_of(rows, expected)} rows confirmed when the time budget was spent"
+    if expected is None:
+        return Status.PARTIAL, f"{rows} rows confirmed; noise hides how many there are"
+    return Status.PARTIAL, f"{rows} of {expected} rows confirmed: no seed leads to the others"
+
+
+def _of(rows: int, expected: int | None) -> str:
+    return str(rows) if expected is None else f"{rows} of {expected}"
+
+
+def prospects(evidence: Evidence) -> str:
+    """What is to be expected of an attack, before any search: one sentence for people."""
+    nothing = unreadable(evidence)
+    if nothing is not None:
+        return nothing.diagnosis
+    adapter = evidence.adapter
+    first = evidence.present(adapter.tap(0, QKV)).popitem()[1]
+    if first.saturated:
+        return "block 0 is saturated: even single tokens hide in the full rank"
+    later = [tap for tap in adapter.taps() if (tap.block, tap.kind) != (0, QKV)]
+    deeper = [span for span in evidence.present(*later).values() if span.rank]
+    full = any(span.saturated for span in deeper)
+    if isinstance(adapter, DecoderAdapter):
+        return _of_a_decoder(first.rank, bool(deeper), full)
+    return _of_an_encoder(first.rank, evidence.span(adapter.tap(0, ATTENTION_OUTPUT)) is not None, full)
+
+
+def _of_a_decoder(inputs: int, deeper: bool, full: bool) -> str:
+    """What is to be expected where block 0 tells the tokens of a causal model."""
+    if full:
+        return "tokens can be told from block 0, prefixes only by leverage: they are about as many as the model is wide"
+    if not deeper:
+        return "tokens can be told from block 0; without further taps their order cannot"
+    return f"exposed: {inputs} independent inputs in block 0 and room in the span to test every prefix"
+
+
+def _of_an_encoder(inputs: int, attended: bool, full: bool) -> str:
+    """What is to be expected where block 0 tells the tokens of a bidirectional model."""
+    if not attended:
+        return "tokens can be told from block 0; without its attention output gradient whole texts cannot"
+    if full:
+        return "tokens can be told from block 0, whole texts cannot: they have about as many as the model is wide"
+    return f"exposed: {inputs} independent inputs in block 0 and room in the span to test whole texts"
