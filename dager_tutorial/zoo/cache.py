@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
+from platformdirs import user_cache_path
 
 from dager_tutorial.errors import ModelError
 
@@ -31,13 +32,10 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
 
     Returns:
         `cache`, else the environment's `DAGER_CACHE`, else `dager-tutorial` in the user's cache folder
-        (`XDG_CACHE_HOME`, or `~/.cache`). It may not exist yet.
+        (on Linux `XDG_CACHE_HOME`, or `~/.cache`). It may not exist yet.
     """
-    chosen = cache or os.environ.get("DAGER_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser().absolute() / "dager-tutorial"
+    chosen = cache or os.environ.get("DAGER_CACHE") or user_cache_path("dager-tutorial", appauthor=False)
+    return Path(chosen).expanduser().absolute()
 
 
 def sha256(path: Path) -> str:

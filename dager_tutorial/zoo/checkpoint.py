@@ -6,8 +6,6 @@ Weights are read from safetensors only, and no code that comes with a checkpoint
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from dager_tutorial.errors import ModelError
+from dager_tutorial.zoo.quiet import explained, quiet
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
@@ -33,42 +31,6 @@ SELF_CONTAINED = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 ENTRY_A_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types")
 """Lists in configurations that have one entry for every transformer block."""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' notices and progress bars to itself, and restore the user's settings afterwards."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn whatever a library says about a bad file into one line that names the file.
-
-    Transformers raises nearly every exception there is for malformed files, hence the breadth.
-    """
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"cannot read {what}: {type(error).__name__}: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
 
 
 def read_config(folder: Path, blocks: int | None = None) -> PreTrainedConfig:
@@ -214,42 +176,29 @@ def _is_self_contained(folder: Path) -> bool:
     return json.loads(described.read_text()).get("tokenizer_class") in SELF_CONTAINED
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path) -> None:
+    """Refuse a tokenizer whose ids the model has no embeddings for.
+
+    Args:
+        tokenizer: The tokenizer.
+        config: The model's configuration.
+        folder: Where the tokenizer comes from, for the message.
+
+    Raises:
+        ModelError: It has more tokens than the model.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens but the model only {config.vocab_size}: "
+            "they do not belong together"
+        )
+
+
 def save_checkpoint(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a Hugging Face folder: `config.json`, `model.safetensors` and the tokenizer's files."""
     with quiet():
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def to_device(network: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
-    """Move a backbone, after checking that the device is there (see `check_device`)."""
-    chosen = check_device(device)
-    with explained(f"device {device}"):
-        return network.to(chosen)
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """The device of a name.
-
-    Args:
-        device: `cpu`, `mps`, `cuda`, or one of several as `cuda:1`.
-
-    Returns:
-        The device.
-
-    Raises:
-        ModelError: No such device here.
-    """
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(f"unknown device {device!r}: use cpu, cuda, cuda:0 or mps") from error
-    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if chosen.type not in available:
-        raise ModelError(f"unknown device {device!r}: use cpu, cuda, cuda:0 or mps")
-    if (chosen.index or 0) >= available[chosen.type]:
-        raise ModelError(f"device {device} is not available on this machine: use --device cpu")
-    return chosen
 
 
 @contextmanager

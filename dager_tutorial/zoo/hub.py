@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError
 
 from dager_tutorial.errors import ModelError
-from dager_tutorial.zoo.checkpoint import first_line, quiet
+from dager_tutorial.zoo.quiet import first_line, quiet
 
 PATIENCE = 5.0
 """Seconds to wait for the hub's first answer."""

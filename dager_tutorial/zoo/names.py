@@ -7,87 +7,28 @@ initialisation at full size), a local checkpoint folder, or a Hugging Face id.
 from __future__ import annotations
 
 import difflib
-import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModel,
-    BertConfig,
-    DistilBertConfig,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    RobertaConfig,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dager_tutorial.errors import ModelError
-from dager_tutorial.models import checkpoint
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.zoo.cache import cache_folder, workshop, writing
-from dager_tutorial.zoo.hub import hub_folder, is_hub_name
-from dager_tutorial.zoo.pinned import (
-    PINNED,
-    is_cached,
-    is_tokenizer_cached,
-    pinned_checkpoint,
-    pinned_tokenizer,
+from dager_tutorial.zoo.checkpoint import (
+    check_vocabulary,
+    keep_blocks,
+    read_backbone,
+    read_config,
+    read_tokenizer,
+    save_checkpoint,
 )
-
-RANDOM = "random:"
-
-
-@dataclass(frozen=True)
-class ModelRecord:
-    """What is known of a model without loading it.
-
-    Attributes:
-        name: What `load_model` takes.
-        architecture: The `model_type` of its configuration.
-        parameters: Number of parameters of the headless model.
-        width: Hidden size.
-        blocks: Number of transformer blocks.
-        licence: SPDX identifier; empty for random weights.
-        source: Where the weights come from.
-        cached: Whether loading it needs neither network nor conversion.
-    """
-
-    name: str
-    architecture: str
-    parameters: int
-    width: int
-    blocks: int
-    licence: str
-    source: str
-    cached: bool
-
-
-# The shapes of the original checkpoints; the defaults of transformers' classes where nothing is said.
-_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "gpt2": GPT2Config,
-    "gpt2-large": functools.partial(GPT2Config, n_embd=1280, n_layer=36, n_head=20),
-    "bert-base-uncased": BertConfig,
-    "distilbert-base-uncased": DistilBertConfig,
-    "roberta-base": functools.partial(
-        RobertaConfig, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
-    ),
-    "llama-2-7b": functools.partial(LlamaConfig, max_position_embeddings=4096, rms_norm_eps=1e-5),
-}
-
-_HUB_NAMES = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-large": "openai-community/gpt2-large",
-    "bert-base-uncased": "google-bert/bert-base-uncased",
-    "distilbert-base-uncased": "distilbert/distilbert-base-uncased",
-    "roberta-base": "FacebookAI/roberta-base",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-}
+from dager_tutorial.zoo.device import check_device, to_device
+from dager_tutorial.zoo.hub import hub_folder, is_hub_name
+from dager_tutorial.zoo.pinned import PINNED, pinned_checkpoint
+from dager_tutorial.zoo.random import BUILT_IN, RANDOM, random_model
+from dager_tutorial.zoo.records import ModelRecord, pinned_record, random_record
 
 
 def load_model(
@@ -111,7 +52,8 @@ def load_model(
         device: `cpu`, `cuda`, `cuda:0` or `mps`.
         seed: Seed of random weights. The caller's random state is left alone.
         blocks: Keep the first so many transformer blocks; None keeps all. No memory is spent on the rest.
-        cache: The cache folder; None means the environment's `DAGER_CACHE`, or `~/.cache/dager-tutorial`.
+        cache: The cache folder; None means the environment's `DAGER_CACHE`, or `dager-tutorial` in the user's cache
+            folder (on Linux `~/.cache/dager-tutorial`).
 
     Returns:
         The backbone in float32 and eval mode, its parameters requiring no gradient, and its tokenizer. A
@@ -121,17 +63,16 @@ def load_model(
     Raises:
         ModelError: Unknown name, unreadable files, no network, `blocks` out of range or an absent device.
 
-    >>> model = load_model("random:gpt2", blocks=1)            # doctest: +SKIP
-    >>> model.network.wte.weight.shape                          # doctest: +SKIP
+    >>> load_model("random:gpt2", blocks=1).network.wte.weight.shape
     torch.Size([50257, 768])
     """
-    checkpoint.check_device(device)
+    check_device(device)
     folder = cache_folder(cache)
     if name.startswith(RANDOM):
         network, tokenizer = _load_random(name.removeprefix(RANDOM), seed, blocks, folder)
     else:
         network, tokenizer = _load_trained(_checkpoint_folder(name, folder), seed, blocks)
-    return LanguageModel(name, checkpoint.to_device(network, device), tokenizer)
+    return LanguageModel(name, to_device(network, device), tokenizer)
 
 
 def export_model(
@@ -166,7 +107,7 @@ def export_model(
         raise ModelError(f"{folder} exists and is not an empty folder: nothing was written; choose another one")
     model = load_model(name, device=device, seed=seed, blocks=blocks, cache=cache)
     with writing(target.parent, "choose another folder"), workshop(target.parent, ".export-") as place:
-        checkpoint.save_checkpoint(model.network, model.tokenizer, place / "made")
+        save_checkpoint(model.network, model.tokenizer, place / "made")
         if target.exists():
             target.rmdir()
         (place / "made").replace(target)
@@ -183,94 +124,23 @@ def available_models(cache: str | os.PathLike[str] | None = None) -> list[ModelR
         The zoo's models, then the built-in random ones.
     """
     folder = cache_folder(cache)
-    return [_pinned_record(name, folder) for name in PINNED] + [_random_record(name, folder) for name in _CONFIGS]
-
-
-def _pinned_record(name: str, cache: Path) -> ModelRecord:
-    pinned = PINNED[name]
-    source = f"{pinned.title}, PyPI {pinned.wheel.requirement}"
-    return ModelRecord(
-        name,
-        pinned.architecture,
-        pinned.parameters,
-        pinned.width,
-        pinned.blocks,
-        pinned.licence,
-        source,
-        is_cached(name, cache),
-    )
-
-
-def _random_record(name: str, cache: Path) -> ModelRecord:
-    config = _CONFIGS[name]()
-    with torch.device("meta"):
-        parameters = AutoModel.from_config(config).num_parameters()
-    return ModelRecord(
-        RANDOM + name,
-        config.model_type,
-        parameters,
-        config.hidden_size,
-        config.num_hidden_layers,
-        "",
-        f"seeded random weights in the shape of {_HUB_NAMES[name]}",
-        is_tokenizer_cached(_fitting_tokenizer(config), cache),
-    )
+    return [pinned_record(name, folder) for name in PINNED] + [random_record(name, folder) for name in BUILT_IN]
 
 
 def _load_trained(folder: Path, seed: int, blocks: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    config = checkpoint.read_config(folder, blocks)
-    tokenizer = checkpoint.read_tokenizer(folder)
-    _check_vocabulary(tokenizer, config, folder)
-    return checkpoint.read_backbone(folder, config, seed), tokenizer
+    config = read_config(folder, blocks)
+    tokenizer = read_tokenizer(folder)
+    check_vocabulary(tokenizer, config, folder)
+    return read_backbone(folder, config, seed), tokenizer
 
 
 def _load_random(
     name: str, seed: int, blocks: int | None, cache: Path
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if name in _CONFIGS:
-        config, folder = checkpoint.keep_blocks(_CONFIGS[name](), blocks), None
-    else:
-        folder = _config_folder(name)
-        config = checkpoint.read_config(folder, blocks)
-    borrowed = folder is None or not checkpoint.has_tokenizer(folder)
-    if folder is None or borrowed:
-        folder = pinned_tokenizer(_fitting_tokenizer(config), cache)
-    tokenizer = checkpoint.read_tokenizer(folder)
-    if borrowed and config.model_type == "roberta":
-        _frame_as_roberta(tokenizer)
-    _check_vocabulary(tokenizer, config, folder)
-    return checkpoint.random_backbone(config, seed), tokenizer
-
-
-def _fitting_tokenizer(config: PreTrainedConfig) -> str:
-    for name, size in (("smollm2-135m", 49152), ("minilm-l6", 30522)):
-        if config.vocab_size >= size:
-            return name
-    raise ModelError(
-        f"no offline tokenizer fits a vocabulary of {config.vocab_size} tokens (30522 is the smallest): "
-        "put a tokenizer beside config.json with tokenizer.save_pretrained(folder)"
-    )
-
-
-def _frame_as_roberta(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a tokenizer without a frame put each text between two tokens, and give it a mask token.
-
-    SmolLM2's first three tokens stand for RoBERTa's first three: <s>, <pad> and </s>.
-    """
-    first, pad, last = tokenizer.convert_ids_to_tokens([0, 1, 2])
-    names = {"bos_token": first, "cls_token": first, "pad_token": pad, "eos_token": last, "sep_token": last}
-    tokenizer.add_special_tokens(names | {"mask_token": "<mask>"})
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{first} $A {last}", pair=f"{first} $A {last} {last} $B {last}", special_tokens=[(first, 0), (last, 2)]
-    )
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path) -> None:
-    if len(tokenizer) > config.vocab_size:
-        raise ModelError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens but the model only {config.vocab_size}: "
-            "they do not belong together"
-        )
+    if name in BUILT_IN:
+        return random_model(keep_blocks(BUILT_IN[name].config(), blocks), None, seed, cache)
+    folder = _config_folder(name)
+    return random_model(read_config(folder, blocks), folder, seed, cache)
 
 
 def _checkpoint_folder(name: str, cache: Path) -> Path:
@@ -293,11 +163,11 @@ def _local_folder(name: str) -> Path | None:
 
 def _hub_name(name: str, prefix: str = "") -> str:
     """The hub id that a name stands for, or an error that lists what else may have been meant."""
-    if name in _HUB_NAMES:
-        return _HUB_NAMES[name]
+    if name in BUILT_IN:
+        return BUILT_IN[name].original
     if is_hub_name(name):
         return name
-    known = [*PINNED, *(RANDOM + config for config in _CONFIGS)]
+    known = [*PINNED, *(RANDOM + config for config in BUILT_IN)]
     near = difflib.get_close_matches(prefix + name, known, n=3, cutoff=0.5)
     advice = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
     raise ModelError(

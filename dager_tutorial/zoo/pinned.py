@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dager_tutorial.models import smollm2, wheels
+from dager_tutorial.zoo import smollm2, wheels
 from dager_tutorial.zoo.cache import built_once, is_intact
 
 logger = logging.getLogger(__name__)

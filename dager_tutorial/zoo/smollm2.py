@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
 
-from dager_tutorial.zoo.checkpoint import explained, quiet
+from dager_tutorial.zoo.quiet import explained, quiet
 
 
 def convert_weights(gguf: Path, folder: Path) -> None:
