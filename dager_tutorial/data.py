@@ -13,8 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from dager_tutorial.errors import DagerError
-from dager_tutorial.errors import quote
+from dager_tutorial.errors import DagerError, quote
 
 OWN = ("reviews", "grammar", "notes", "passages")
 PUBLIC = {  # name: (Hugging Face data set, its configuration, its column of texts)

@@ -1,7 +1,7 @@
 """What each part of the encoder attack is worth: the attack without it, and the paper's search, on the same updates.
 
-As in `benchmark`, both parties are played here: the attacks get an update and a model, never the batch. One thing is
-given away, because the paper does so: its search is told how many texts the batch has.
+As in `bench`, both parties are played here: the attacks get an update and a model, never the batch. One thing is given
+away, because the paper does so: its search is told how many texts the batch has.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
-from dager_tutorial.server.attack import AttackConfig, attack
-from dager_tutorial.evaluation.bench import AccuracyRun, Batch, Progress, compared, labelled, warm_up
-from dager_tutorial.client.step import client_update
-from dager_tutorial.errors import DagerError
+from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.client.step import play
+from dager_tutorial.errors import DagerError, quote
+from dager_tutorial.evaluation.accuracy import AccuracyRun, Batch, compared
+from dager_tutorial.evaluation.timing import labelled, warm_up
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
-from dager_tutorial.textbook.encoder import EncoderSearchOptions, textbook_encoder_attack
-from dager_tutorial.errors import quote
+from dager_tutorial.server.attack import attack
+from dager_tutorial.server.budget import AttackConfig, Progress
+from dager_tutorial.textbook.choices import EncoderSearchOptions
+from dager_tutorial.textbook.encoder import textbook_encoder_attack
 from dager_tutorial.update import Update
 
 WITHOUT: dict[str, frozenset[str]] = {
@@ -37,14 +41,20 @@ Plan = AttackConfig | EncoderSearchOptions
 
 
 @dataclass(frozen=True)
-class EncoderBenchmark(AccuracyRun):
+class EncoderBenchmark:
     """What one variant of the attack made of one batch of a series.
 
     Attributes:
         variant: One of `VARIANTS`.
+        run: What came of it.
     """
 
     variant: str
+    run: AccuracyRun
+
+    def to_json(self) -> dict[str, Any]:
+        """The run's record as JSON types, and the variant."""
+        return self.run.to_json() | {"variant": self.variant}
 
 
 @dataclass(frozen=True)
@@ -93,8 +103,7 @@ def bench_encoder(
         batches: The series.
         variants: Which of `VARIANTS` to run on each batch, in this order.
         cap: Texts of one length that the textbook version tests at most; ten million in the paper.
-        time_budget: Seconds after which a search returns what it has; None for no limit. The textbook version has
-            its cap instead.
+        time_budget: Seconds after which a search returns what it has; None for no limit.
         progress: Called with variant and stage, what is done and the total or None.
 
     Returns:
@@ -117,9 +126,9 @@ def averages(runs: Iterable[EncoderBenchmark]) -> list[EncoderAverage]:
     Args:
         runs: What `bench_encoder` yields.
     """
-    groups: dict[tuple[str, int, str], list[EncoderBenchmark]] = {}
-    for run in runs:
-        groups.setdefault((run.data, run.batch_size, run.variant), []).append(run)
+    groups: dict[tuple[str, int, str], list[AccuracyRun]] = {}
+    for each in runs:
+        groups.setdefault((each.run.data, each.run.batch_size, each.variant), []).append(each.run)
     return [
         EncoderAverage(
             *kind,
@@ -136,7 +145,7 @@ def averages(runs: Iterable[EncoderBenchmark]) -> list[EncoderAverage]:
 def _plan(variant: str, cap: int, time_budget: float | None) -> Plan:
     """What a variant's search is asked to do."""
     if variant == TEXTBOOK:
-        return EncoderSearchOptions(cap=cap, remove_used=True)
+        return EncoderSearchOptions(cap=cap, remove_used=True, time_budget=time_budget)
     if variant not in WITHOUT:
         raise DagerError(f"variant {quote(variant)} is unknown: choose from {', '.join(VARIANTS)}")
     return AttackConfig(time_budget=time_budget, without=WITHOUT[variant])
@@ -147,11 +156,10 @@ def _runs(
 ) -> Iterator[EncoderBenchmark]:
     warm_up(model.device)
     for batch in batches:
-        _, _, texts, labels = batch
-        update = client_update(model, texts, labels, share="attention")
+        update, truth = play(model, batch.texts, batch.labels, config=ClientConfig(share="attention"))
         for variant, plan in plans.items():
-            found = _found(model, update, plan, len(texts), labelled(progress, variant))
-            yield EncoderBenchmark(**vars(compared(found, batch, model)), variant=variant)
+            found = _found(model, update, plan, len(truth.texts), labelled(progress, variant))
+            yield EncoderBenchmark(variant, compared(found, truth, batch, causal=False))
 
 
 def _found(

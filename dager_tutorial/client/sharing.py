@@ -1,0 +1,67 @@
+"""Which gradients a client sends, and only these are computed (chapter 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dager_tutorial.errors import DagerError, quote
+from dager_tutorial.models.adapter import Adapter
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
+
+
+def shared_parameters(client: PreTrainedModel, adapter: Adapter, share: str | Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters whose gradients the client sends, by the names transformers gives them.
+
+    Args:
+        client: The client's network.
+        adapter: The adapter of the backbone inside it.
+        share: See `config.ClientConfig`.
+
+    Raises:
+        DagerError: A name is no parameter of the client's.
+    """
+    parameters = dict(client.named_parameters())
+    if share == "all":
+        return parameters
+    if share == "attention":
+        chosen = _attention_parameters(adapter)
+        return {name: parameter for name, parameter in parameters.items() if id(parameter) in chosen}
+    for name in share:
+        if name not in parameters:
+            raise DagerError(
+                f"share names {quote(name)}, which the client's {client.config.model_type} model has not: "
+                f"use names such as {next(iter(parameters))!r}"
+            )
+    return {name: parameter for name, parameter in parameters.items() if name in share}
+
+
+@contextmanager
+def requiring_grad(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Let just these parameters require a gradient for a while.
+
+    Args:
+        parameters: Parameters by name.
+    """
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
+
+
+def _attention_parameters(adapter: Adapter) -> set[int]:
+    """The identities of weights and biases of every block's query, key, value and attention output maps."""
+    return {
+        id(parameter)
+        for block in range(adapter.num_blocks)
+        for kind in (QKV, ATTENTION_OUTPUT)
+        for module in adapter.linear_maps(block, kind)
+        for parameter in module.parameters()
+    }
