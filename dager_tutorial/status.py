@@ -46,7 +46,7 @@ class Status(_Explained):
     ROWS_COMPLETE = (
         "rows_complete",
         "every row of the batch is explained, but no shared gradient shows where texts end inside others",
-        "treat every text as disclosed; a text that begins another, and last tokens that are only targets, may be missing",
+        "treat every text as disclosed; texts that begin others and last tokens that are only targets may be missing",
     )
     ENDS_CONFIRMED = (
         "ends_confirmed",

@@ -1,7 +1,7 @@
 """Every number in the attack that is not read off the update: what it is, where it comes from, what it is for.
 
-None of them is an option, and all are the same for every model, batch and precision. `dager bench sensitivity` halves and
-doubles each in turn and reports what changes; `docs/sensitivity.md` holds the table that it wrote.
+None of them is an option, and all are the same for every model, batch and precision. `dager bench sensitivity` halves
+and doubles each in turn and reports what changes; `docs/sensitivity.md` holds the table that it wrote (chapter 7).
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def constants() -> Constants:
 
 
 @contextmanager
-def varied(**values: float) -> Iterator[None]:
+def varied(**values: Any) -> Iterator[None]:
     """Put other numbers in force while the block runs, for experiments.
 
     Args:

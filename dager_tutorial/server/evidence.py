@@ -68,7 +68,7 @@ class Evidence:
         return {tap: span for tap, span in spans.items() if span is not None}
 
     def arithmetic(self, tap: Tap) -> float:
-        """Relative rounding error of a tap's inputs: measured in two blocks, then growing with the root of the depth."""
+        """Relative rounding error of a tap's inputs: measured in early blocks, then growing as the root of depth."""
         if not self._errors:
             blocks = min(constants().probe_blocks, self.adapter.num_blocks)
             self._errors.update(rounding_errors(self.adapter, self.precision, blocks))

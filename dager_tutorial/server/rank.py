@@ -1,4 +1,4 @@
-"""How many directions of a gradient carry signal: the edge of the noise, and gaps that noise does not make (chapter 2)."""
+"""How many directions of a gradient carry signal: the edge of the noise, gaps that noise does not make (chapter 2)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -109,26 +109,23 @@ def _converted(adapter: Adapter, block: int, dtype: torch.dtype, place: torch.de
         return adapter
     parts = list(adapter.blocks)
     parts[block] = copy.deepcopy(parts[block]).to(place, dtype)
-    swapped = nn.ModuleList(parts)
-    return type(adapter)(_with_blocks(adapter.network, adapter.blocks, swapped))
+    return type(adapter)(_with_blocks(adapter.network, adapter.blocks, nn.ModuleList(parts), place))
 
 
-def _with_blocks(module: nn.Module, blocks: nn.Module, swapped: nn.Module) -> nn.Module:
-    """A shallow copy of a module in which one list of blocks, at any depth, is another one."""
+def _with_blocks(module: nn.Module, blocks: nn.Module, swapped: nn.Module, place: torch.device) -> Any:
+    """A module in which one list of blocks, at any depth, is another one; all weights beside it are shared."""
+    if module is blocks:
+        return swapped
+    if next(module.parameters(), None) is None:  # rotary tables, for one: they belong beside the block
+        return copy.deepcopy(module).to(place)
+    if all(child is not blocks for child in module.modules()):
+        return module
     twin = copy.copy(module)
     twin._modules = {
-        name: swapped
-        if child is blocks
-        else _with_blocks(child, blocks, swapped)
-        if _contains(child, blocks)
-        else child
+        name: None if child is None else _with_blocks(child, blocks, swapped, place)
         for name, child in module._modules.items()
     }
     return twin
-
-
-def _contains(module: nn.Module | None, wanted: nn.Module) -> bool:
-    return module is not None and any(child is wanted for child in module.modules())
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ def unreadable(evidence: Evidence) -> Outcome | None:
     if status is None:
         return None
     said = {
-        Status.NO_SIGNAL: "block 0's query, key and value gradients are missing or zero: nothing to test tokens against",
+        Status.NO_SIGNAL: "block 0's query, key and value gradients are missing or zero: nothing to test against",
         Status.NOISE: "nothing in block 0's query, key and value gradients stands out from noise",
     }
     return Outcome(status, said[status])
@@ -67,22 +67,32 @@ def of_prefixes(rows: int, expected: int | None, ends: Ends, *, late: bool) -> V
         ends: What the last block says of the texts' ends.
         late: The time budget was spent.
     """
+    if rows == expected:
+        return _of_all_prefixes(rows, ends)
     if late:
-        return Status.OUT_OF_TIME, f"{rows} prefixes confirmed when the time budget was spent"
+        return Status.OUT_OF_TIME, f"{_of(rows, expected)} prefixes confirmed when the time budget was spent"
     if expected is None:
-        if ends.complete:
-            return Status.ENDS_CONFIRMED, f"{rows} prefixes confirmed, and all {ends.rank} ends that the last block has"
-        return Status.PARTIAL, f"{rows} prefixes confirmed; noise hides how many there are"
+        return _of_uncounted_prefixes(rows, ends)
     if rows < expected:
         return Status.PARTIAL, f"{rows} of {expected} distinct prefixes confirmed"
-    if rows > expected:
-        reason = f"{rows} prefixes pass where {expected} are independent: some are too alike to be told apart"
-        return Status.PARTIAL, reason
+    reason = f"{rows} prefixes pass where {expected} are independent: some are too alike to be told apart"
+    return Status.PARTIAL, reason
+
+
+def _of_all_prefixes(rows: int, ends: Ends) -> Verdict:
+    """The verdict where as many prefixes are confirmed as there are."""
     if not ends.seen:
-        return Status.ROWS_COMPLETE, f"all {expected} distinct prefixes are explained; no tap shows where texts end"
+        return Status.ROWS_COMPLETE, f"all {rows} distinct prefixes are explained; no tap shows where texts end"
     if not ends.all_confirmed:
         return Status.PARTIAL, "a text ends where the last block sees no end"
-    return Status.TEXTS_COMPLETE, f"all {expected} distinct prefixes are explained, each text to its end"
+    return Status.TEXTS_COMPLETE, f"all {rows} distinct prefixes are explained, each text to its end"
+
+
+def _of_uncounted_prefixes(rows: int, ends: Ends) -> Verdict:
+    """The verdict where noise hides how many prefixes there are."""
+    if ends.complete:
+        return Status.ENDS_CONFIRMED, f"{rows} prefixes confirmed, and all {ends.rank} ends that the last block has"
+    return Status.PARTIAL, f"{rows} prefixes confirmed; noise hides how many there are"
 
 
 def of_leverage(ends: Ends, confirmed: int, *, late: bool) -> Verdict:

@@ -1,9 +1,9 @@
-"""Which confirmed prefixes are whole texts.
+"""Which confirmed prefixes are whole texts (chapter 4).
 
 The tree of prefixes shows where texts end only at its leaves; a text that is a prefix of another ends inside it. The
 last block tells: where a loss reads only each text's last token, the last block's queries and the output map of its
-attention have gradient rows of exactly these tokens (chapter 4). Where every token carries a loss, as in next-token
-training, all prefixes pass, and the leaves are what can be said.
+attention have gradient rows of exactly these tokens. Where every token carries a loss, as in next-token training, all
+prefixes pass, and the leaves are what can be said.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dager_tutorial.server.decoder.tree import Tree
-from dager_tutorial.models.tap import QUERY, Tap
 from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.tap import QUERY, Tap
+from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.subspace import Span
-
-# Tokens that go through the whole network at once.
-TOKENS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,13 @@ class Texts:
 
     Attributes:
         nodes: Indices of the tree's nodes at which a text ends.
-        confirmed: For each, whether the last block confirms it (True where the last block cannot tell).
+        confirmed: Those of them where the last block has a row.
+        seen: Whether the last block tells ends from other places at all.
     """
 
     nodes: tuple[int, ...]
-    confirmed: tuple[bool, ...]
+    confirmed: frozenset[int]
+    seen: bool
 
 
 def whole_texts(adapter: DecoderAdapter, tree: Tree, last: Mapping[Tap, Span]) -> Texts:
@@ -43,29 +43,22 @@ def whole_texts(adapter: DecoderAdapter, tree: Tree, last: Mapping[Tap, Span]) -
         adapter: The architecture.
         tree: The confirmed prefixes.
         last: Spans of the last block's query and attention output taps, as far as they were shared.
+
+    Returns:
+        The leaves where no tap sees ends; else every end that the last block has a row of, and leaves without one
+        where a text was cut short.
     """
     leaves = tree.leaves()
     if not last or not leaves:
-        return Texts(tuple(leaves), (True,) * len(leaves))
+        return Texts(tuple(leaves), frozenset(), seen=False)
     ends, inside = _ends(adapter, tree, leaves, last)
     if not inside:
-        return Texts(tuple(leaves), (True,) * len(leaves))
+        return Texts(tuple(leaves), frozenset(), seen=False)
     # A leaf that is no end is a text cut short, unless a text ends on the way to it: then it is a stray extension.
-    cut = [leaf for leaf in leaves if leaf not in ends and not ends & set(_ancestors(tree, leaf))]
+    cut = [leaf for leaf in leaves if leaf not in ends and not ends & set(tree.path(leaf))]
     room = max(0, max(span.rank for span in last.values()) - len(ends))
     longest = sorted(cut, key=lambda leaf: (-len(tree.nodes[leaf].tokens), tree.nodes[leaf].ratio))[:room]
-    found = sorted(ends.union(longest))
-    return Texts(tuple(found), tuple(index in ends for index in found))
-
-
-def _ancestors(tree: Tree, index: int) -> list[int]:
-    """The prefixes of a node, itself included, shortest first."""
-    path: list[int] = []
-    step: int | None = index
-    while step is not None:
-        path.append(step)
-        step = tree.nodes[step].parent
-    return path[::-1]
+    return Texts(tuple(sorted(ends.union(longest))), frozenset(ends), seen=True)
 
 
 def _ends(
@@ -95,8 +88,8 @@ def _last_ratios(
     ratios: dict[Tap, dict[int, float]] = {tap: {} for tap in last}
     device = adapter.first_input.tokens.device
     longest = max(len(tree.nodes[leaf].tokens) for leaf in leaves)
-    for group in torch.tensor(leaves).split(max(1, TOKENS_AT_ONCE // longest)):
-        paths = [_ancestors(tree, leaf) for leaf in group.tolist()]
+    for group in torch.tensor(leaves).split(max(1, constants().tokens_at_once // longest)):
+        paths = [tree.path(leaf) for leaf in group.tolist()]
         ids, mask = _padded([tree.nodes[path[-1]].tokens for path in paths], device)
         starts = torch.tensor([tree.nodes[path[-1]].start for path in paths], device=device)
         for tap, vectors in adapter.tap_inputs(ids, mask, last, starts=starts).items():

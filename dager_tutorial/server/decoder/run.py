@@ -1,154 +1,147 @@
-"""The attack on causal models, stage by stage: spans, candidates, prefixes, whole texts (chapters 2 to 4)."""
+"""The attack on causal models, stage by stage: spans, candidates, prefixes, whole texts (chapters 2, 4 and 7)."""
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass
 
-from dager_tutorial.server.decoder.tree import PrefixSearch, Tree
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY, Tap
 from dager_tutorial.models.adapter import DecoderAdapter
-from dager_tutorial.server.budget import Outcome, Run, expected_rows
-from dager_tutorial.server.decoder.leverage import LeverageSearch, filter_by_leverage
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY, Tap
+from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
-from dager_tutorial.server.subspace import CLEAR_GAP, Span
-from dager_tutorial.server.token_filter import Candidates, filter_tokens
+from dager_tutorial.server.decoder.leverage import LeverageSelector
+from dager_tutorial.server.decoder.residual import ResidualSelector
+from dager_tutorial.server.decoder.search import TreeSearch
+from dager_tutorial.server.decoder.tree import Tree
+from dager_tutorial.server.evidence import Evidence
+from dager_tutorial.server.outcome import Ends, FoundText, Outcome, expected_rows
+from dager_tutorial.server.subspace import Span
+from dager_tutorial.server.token_filter import Candidates, filter_by_leverage, filter_tokens
+from dager_tutorial.server.verdict import no_beginning, no_candidates, of_leverage, of_prefixes
+from dager_tutorial.status import Certainty, Confirmation, Status
 
-# How many prefixes of one length a search by leverage keeps at most.
-WIDEST = 128
+Spans = dict[Tap, Span]
 
 
-class DecoderRun(Run):
-    """One run on a causal model."""
+@dataclass(frozen=True)
+class _Found:
+    """The texts of a tree and what their places in it say."""
+
+    tree: Tree
+    texts: Texts
+    tested: Spans
+    last: Spans
 
     @property
-    def adapter(self) -> DecoderAdapter:
-        """The architecture."""
-        assert isinstance(self.evidence.adapter, DecoderAdapter)
-        return self.evidence.adapter
+    def ends(self) -> Ends:
+        rank = max((span.rank for span in self.last.values() if span.clear), default=None)
+        return Ends(self.texts.seen, len(self.texts.confirmed), len(self.texts.nodes), rank)
 
-    def search(self) -> Outcome:
-        """Grow prefixes from the first token on, by residuals where there are any, else by leverage."""
-        tree, texts, status, diagnosis = self._searched()
-        sequences = tuple(tree.nodes[index].tokens for index in texts.nodes)
-        return Outcome(sequences, tuple(tree.nodes[index].ratio for index in texts.nodes), status, diagnosis)
+    def outcome(self, status: Status, diagnosis: str) -> Outcome:
+        found = (FoundText(self.tree.nodes[i].tokens, self.tree.nodes[i].ratio, self._by(i)) for i in self.texts.nodes)
+        return Outcome(status, diagnosis, tuple(found))
 
-    def _searched(self) -> tuple[Tree, Texts, str, str]:
-        first = self.evidence.span(0, QKV)
-        if first is None or first.rank == 0:
-            reason = "block 0's query, key and value gradients are missing or zero: nothing to test tokens against"
-            return Tree(), Texts((), ()), "no_signal", reason
-        spans = self._cascade_spans()
-        saturated = first.saturated or any(span.saturated for span in spans.values())
-        candidates = self._candidates(first)
-        if not candidates.count:
-            reason = "no token of the vocabulary lies in the span of block 0: another model, or too much noise"
-            return Tree(), Texts((), ()), "saturated" if saturated else "no_candidates", reason
-        last = self._last_spans()
-        expected = expected_rows(spans.values())
-        start, before = time.perf_counter(), self.evidence.seconds
+    def _by(self, node: int) -> Confirmation:
+        """What confirms a text: residuals its rows, the last block its end; leverages alone confirm nothing."""
+        if node in self.texts.confirmed:
+            return Confirmation(Certainty.WHOLE, (*self.tested, *self.last))
+        return Confirmation(Certainty.ROWS, tuple(self.tested)) if self.tested else Confirmation(Certainty.GUESS)
+
+
+def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
+    """Grow prefixes from the first token on, by residuals where there are any, else by leverage.
+
+    Args:
+        evidence: The update's gradients, of which block 0 holds something.
+        budget: What it may cost.
+    """
+    adapter = evidence.adapter
+    assert isinstance(adapter, DecoderAdapter)
+    first = evidence.present(adapter.tap(0, QKV)).popitem()[1]
+    spans = _cascade(evidence, adapter)
+    saturated = first.saturated or any(span.saturated for span in spans.values())
+    candidates = _candidates(evidence, first, budget)
+    if not candidates.count:
+        return no_candidates(late=budget.late, saturated=saturated)
+    last = _last(evidence, adapter)
+    with evidence.watch.stage("search"):
         if not saturated:
-            search = self._prefix_search(candidates, spans, expected)
-            tree = search.run()
+            tree = _by_residual(adapter, spans, candidates, budget)
             # Without a clear gap noise may cut a full rank short: it shows in more prefixes passing than there can be.
-            saturated = search.overflowed and all(2 * span.rank >= span.width for span in spans.values())
+            saturated = tree.overflowed and all(2 * span.rank >= span.width for span in spans.values())
         if saturated:
-            tree = self._leverage_search(candidates, last).run()
-        texts = whole_texts(self.adapter, tree, last)
-        self.seconds["search"] = time.perf_counter() - start - (self.evidence.seconds - before)
-        if saturated:
-            return tree, *saturated_verdict(tree, texts, last)
-        return tree, texts, *verdict(tree, texts, expected)
-
-    def _candidates(self, first: Span) -> Candidates:
-        start = time.perf_counter()
-        source, report = self.adapter.first_input, self.report("filter")
-        if first.saturated:
-            candidates = filter_by_leverage(source, first, late=self.late)
-        else:
-            candidates = filter_tokens(source, first, seed=self.config.seed, progress=report)
-        self.seconds["filter"] = time.perf_counter() - start
-        return candidates
-
-    def _prefix_search(
-        self, candidates: Candidates, spans: dict[tuple[int, str], Span], expected: int | None
-    ) -> PrefixSearch:
-        return PrefixSearch(
-            self.adapter,
-            spans,
-            candidates,
-            expected_rows=expected,
-            memory=self.config.memory_mb * 2**20,
-            deadline=self.deadline(),
-            seed=self.config.seed,
-            progress=self.report("search"),
-        )
-
-    def _leverage_search(self, candidates: Candidates, last: dict[Tap, Span]) -> LeverageSearch:
-        spans = {place: self.evidence.span(*place) for place in [(0, MLP)] + [(1, QKV)] * (self.adapter.num_blocks > 1)}
-        # Of a loss at each text's last token, the last block's rank is the number of texts.
-        texts = max((span.rank for span in last.values()), default=WIDEST)
-        return LeverageSearch(
-            self.adapter,
-            {place: span for place, span in spans.items() if span is not None},
-            candidates,
-            widest=min(2 * texts, WIDEST),
-            memory=self.config.memory_mb * 2**20,
-            deadline=self.deadline(),
-            seed=self.config.seed,
-            progress=self.report("search"),
-        )
-
-    def _cascade_spans(self) -> dict[tuple[int, str], Span]:
-        """Spans of the taps that the search tests; the MLP's only where one of the others cannot decide alone."""
-        wanted = [(0, ATTENTION_OUTPUT)] + [(1, QKV)] * (self.adapter.num_blocks > 1)
-        spans = {place: span for place in wanted if (span := self.evidence.span(*place)) is not None}
-        if len(spans) < 2 or any(span.gap < CLEAR_GAP for span in spans.values()):
-            span = self.evidence.span(0, MLP)
-            if span is not None:
-                spans[0, MLP] = span
-        return spans
-
-    def _last_spans(self) -> dict[Tap, Span]:
-        """Spans that tell where texts end: of the last block, as far as it was shared and is not full.
-
-        The attention's output map decides alone where it can tell; in low precision neighbours are too alike in it.
-        """
-        spans: dict[Tap, Span] = {}
-        for kind in (ATTENTION_OUTPUT, QUERY):
-            tap = self.adapter.tap(self.adapter.num_blocks - 1, kind)
-            span = self.evidence.span(tap.block, kind)
-            if span is not None and not span.saturated:
-                spans[tap] = span
-                if span.between >= CLEAR_GAP * span.bound:
-                    break
-        return spans
+            tree = _by_leverage(evidence, adapter, candidates, last, budget)
+        found = _Found(tree, whole_texts(adapter, tree, last), {} if saturated else spans, last)
+    if not saturated:
+        return _proven(adapter, found, expected_rows(spans.values()), late=budget.late)
+    likely = _likeliest(found)
+    confirmed = len(likely.texts.confirmed)
+    return likely.outcome(*of_leverage(likely.ends, confirmed, late=budget.late))
 
 
-def verdict(tree: Tree, texts: Texts, expected: int | None) -> tuple[str, str]:
-    """Status and diagnosis of an unsaturated search."""
-    rows = tree.distinct_rows()
-    if not texts.nodes:
-        return (
-            "no_candidates",
-            "tokens pass the filter, but none begins a text: another model, or too much noise",
-        )
-    if expected is None:
-        return "partial", f"{rows} prefixes confirmed; noise hides how many there are"
-    if rows < expected:
-        return "partial", f"{rows} of {expected} distinct prefixes confirmed"
-    if rows > expected:
-        return "partial", f"{rows} prefixes pass where {expected} are independent: some are too alike to be told apart"
-    if not all(texts.confirmed):
-        return "partial", "a text ends where the last block sees no end"
-    return "exact", f"all {expected} distinct prefixes are explained"
+def _proven(adapter: DecoderAdapter, found: _Found, expected: int | None, *, late: bool) -> Outcome:
+    """The outcome of a search by residuals."""
+    if not found.texts.nodes:
+        return found.outcome(*no_beginning(adapter, late=late))
+    return found.outcome(*of_prefixes(found.tree.distinct_rows(), expected, found.ends, late=late))
 
 
-def saturated_verdict(tree: Tree, texts: Texts, last: dict[Tap, Span]) -> tuple[Texts, str, str]:
-    """Texts, status and diagnosis of a search by leverage: what the last block confirms, then the likeliest others."""
-    confirmed = [index for index, sure in zip(texts.nodes, texts.confirmed, strict=True) if sure and last]
-    rest = sorted(set(texts.nodes) - set(confirmed), key=lambda index: tree.nodes[index].ratio)
-    room = max((span.rank for span in last.values()), default=WIDEST) - len(confirmed)
+def _candidates(evidence: Evidence, first: Span, budget: Budget) -> Candidates:
+    """Tokens that may stand at each position."""
+    with evidence.watch.stage("filter"):
+        wanted = filter_by_leverage if first.saturated else filter_tokens
+        return wanted(evidence.adapter.first_input, first, budget)
+
+
+def _by_residual(adapter: DecoderAdapter, spans: Spans, candidates: Candidates, budget: Budget) -> Tree:
+    """The prefixes that pass every span test."""
+    expected = expected_rows(spans.values())
+    selector = ResidualSelector(adapter, spans, budget, counted=expected is not None)
+    return TreeSearch(candidates, selector, budget, expected).run()
+
+
+def _by_leverage(
+    evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, last: Spans, budget: Budget
+) -> Tree:
+    """The prefixes whose leverage stands out."""
+    deeper = [adapter.tap(1, QKV)] if adapter.num_blocks > 1 else []
+    spans = evidence.present(adapter.tap(0, MLP), *deeper)
+    # Of a loss at each text's last token, the last block's rank is the number of texts.
+    texts = max((span.rank for span in last.values()), default=constants().widest)
+    widest = min(2 * texts, constants().widest)
+    return TreeSearch(candidates, LeverageSelector(adapter, spans, candidates, budget, widest=widest), budget).run()
+
+
+def _cascade(evidence: Evidence, adapter: DecoderAdapter) -> Spans:
+    """Spans of the taps that the search tests; the MLP's only where one of the others cannot decide alone."""
+    deeper = [adapter.tap(1, QKV)] if adapter.num_blocks > 1 else []
+    spans = evidence.present(adapter.tap(0, ATTENTION_OUTPUT), *deeper)
+    if len(spans) < 2 or not all(span.clear for span in spans.values()):
+        spans |= evidence.present(adapter.tap(0, MLP))
+    return spans
+
+
+def _last(evidence: Evidence, adapter: DecoderAdapter) -> Spans:
+    """Spans that tell where texts end: of the last block, as far as it was shared and is not full.
+
+    The attention's output map decides alone where it can tell; in low precision neighbours are too alike in it.
+    """
+    spans: Spans = {}
+    for kind in (ATTENTION_OUTPUT, QUERY):
+        tap = adapter.tap(adapter.num_blocks - 1, kind)
+        span = evidence.span(tap)
+        if span is not None and not span.saturated:
+            spans[tap] = span
+            if span.between >= constants().clear_gap * span.bound:
+                break
+    return spans
+
+
+def _likeliest(found: _Found) -> _Found:
+    """Of a search by leverage: what the last block confirms, then the likeliest others, as many as there are texts."""
+    confirmed = [node for node in found.texts.nodes if node in found.texts.confirmed]
+    rest = [node for node in found.texts.nodes if node not in found.texts.confirmed]
+    rest.sort(key=lambda node: found.tree.nodes[node].ratio)
+    room = max((span.rank for span in found.last.values()), default=constants().widest) - len(confirmed)
     kept = (*confirmed, *rest[: max(0, room)])
-    said = f"{len(confirmed)} texts confirmed by the last block" if last else "no block left to confirm a text"
-    diagnosis = f"about as many prefixes as the model is wide, told by leverage alone: {said}"
-    return Texts(kept, tuple(index in set(confirmed) for index in kept)), "saturated", diagnosis
+    return _Found(found.tree, Texts(kept, found.texts.confirmed, found.texts.seen), found.tested, found.last)
