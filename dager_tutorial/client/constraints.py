@@ -5,20 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Protocol
+from typing import Any
 
 from dager_tutorial.errors import DagerError, quote
-
-
-class Constraint(Protocol):
-    """What an option may be."""
-
-    @property
-    def advice(self) -> str:
-        """What to give instead, the end of an error's line."""
-
-    def allows(self, value: object) -> bool:
-        """Whether the option may have this value."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ class Within:
         return number and bool(self.low <= value <= self.high)
 
 
-def option(default: Any, constraint: Constraint, help: str) -> Any:
+def option(default: Any, constraint: OneOf | Within, help: str) -> Any:
     """A dataclass field that says what it is for (`metadata["help"]`) and may be (`metadata["constraint"]`).
 
     Args:
