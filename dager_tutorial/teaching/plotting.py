@@ -35,7 +35,7 @@ MARKS = {"": "#f1f1f1", "true": "#bfe3d6", "false": "#f5cdb2", "unknown": "#d9d9
 
 def use_style() -> None:
     """Give every following figure the book's style."""
-    with resources.as_file(resources.files("dager_tutorial") / "book.mplstyle") as style:
+    with resources.as_file(resources.files("dager_tutorial.teaching") / "book.mplstyle") as style:
         plt.style.use(str(style))
 
 
