@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from itertools import chain
 
 import pytest
 import torch
-from conftest import word_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from dager_tutorial.client.step import client_update, encode, masked_inputs
-from dager_tutorial.errors import DagerError
-from dager_tutorial.models.language_model import LanguageModel, frame_ids
+from dager_tutorial.client.batch import encode
+from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.client.masking import masked_inputs
+from dager_tutorial.client.step import client_update
+from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.update import Update
 
 TEXTS = ["the dog is good", "a cat", "we want more bread and milk today", "no"]
@@ -33,6 +31,11 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
 
 def every(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("model", names, indirect=True)
+
+
+def sent(model: LanguageModel, texts: list[str], labels: list[int] | None = None, **options) -> Update:
+    """What a client with these options sends."""
+    return client_update(model, texts, labels, config=ClientConfig(**options))
 
 
 def assert_same(found: Update, wanted: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -62,19 +65,21 @@ def load_backbone(client: nn.Module, model: LanguageModel) -> None:
     assert not left.missing_keys and all(name.startswith("pooler") for name in left.unexpected_keys)
 
 
-def seed_head(client: nn.Module, seed: int = 0) -> None:
-    """Give a head the weights that a seed stands for: tiny ones only towards the classes."""
+def seed_head(client: nn.Module, seed: int, head_std: float = 1e-3) -> None:
+    """Give a head the weights that a seed stands for: of the given deviation only towards the classes."""
     generator = torch.Generator().manual_seed(seed)
     backbone = {id(parameter) for parameter in client.base_model.parameters()}
     for name, parameter in client.named_parameters():
         if parameter.ndim == 2 and id(parameter) not in backbone:
-            std = 1e-3 if name.split(".")[-2] in ("score", "classifier", "out_proj") else 0.1
+            std = head_std if name.split(".")[-2] in ("score", "classifier", "out_proj") else 0.1
             parameter.data = torch.randn(parameter.shape, generator=generator) * std
         elif name.endswith("bias") and id(parameter) not in backbone:
             parameter.data.zero_()
 
 
-def plain(model: LanguageModel, auto: type, **labels) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def plain(
+    model: LanguageModel, auto: type, labels: torch.Tensor | None = None, **head
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A client written as any user of transformers would, in float64, with its own weights and the same
     head."""
     tokenizer = copy.deepcopy(model.tokenizer)
@@ -84,21 +89,22 @@ def plain(model: LanguageModel, auto: type, **labels) -> tuple[nn.Module, dict[s
     client = auto.from_config(config).eval()
     load_backbone(client, model)
     if auto is not AutoModelForCausalLM:
-        seed_head(client)
+        seed_head(client, **head)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt", padding_side="right")
-    if not labels:
-        labels = {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+    if labels is None:
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     client.double()
-    loss = client(**{k: v for k, v in batch.items() if k != "token_type_ids"}, **labels).loss
+    loss = client(**{k: v for k, v in batch.items() if k != "token_type_ids"}, labels=labels).loss
     loss.backward()
     return client, {n: p.grad for n, p in client.named_parameters() if p.grad is not None}
 
 
 @every(*ALL)
-def test_classification_equals_plain_transformers(model: LanguageModel) -> None:
-    client, wanted = plain(model, AutoModelForSequenceClassification, labels=torch.tensor(LABELS))
-    assert_same(client_update(model, TEXTS, LABELS, dtype="float64"), wanted, 1e-9)
-    assert_same(client_update(model, TEXTS, LABELS), wanted, 1e-4)
+@pytest.mark.parametrize("head", [{"seed": 0, "head_std": 1e-3}, {"seed": 5, "head_std": 0.03}], ids=str)
+def test_classification_equals_plain_transformers(model: LanguageModel, head: dict) -> None:
+    client, wanted = plain(model, AutoModelForSequenceClassification, torch.tensor(LABELS), **head)
+    assert_same(sent(model, TEXTS, LABELS, dtype="float64", **head), wanted, 1e-9)
+    assert_same(sent(model, TEXTS, LABELS, **head), wanted, 1e-4)
     assert set(wanted) == {name for name, _ in client.named_parameters()}
 
 
@@ -116,16 +122,16 @@ def test_masked_equals_plain_transformers_text_by_text(model: LanguageModel) -> 
     wanted = {n: p.grad for n, p in client.named_parameters()}
     for padding_side in ("right", "left"):
         options = {"task": "masked", "seed": 7, "padding_side": padding_side}
-        assert_same(client_update(model, TEXTS, dtype="float64", **options), wanted, 1e-9)
-        assert_same(client_update(model, TEXTS, **options), wanted, 1e-4)
+        assert_same(sent(model, TEXTS, dtype="float64", **options), wanted, 1e-9)
+        assert_same(sent(model, TEXTS, **options), wanted, 1e-4)
 
 
 @every(*CAUSAL)
 def test_next_token_equals_plain_transformers(model: LanguageModel) -> None:
     _, wanted = plain(model, AutoModelForCausalLM)
-    found = client_update(model, TEXTS, task="next_token", dtype="float64")
+    found = sent(model, TEXTS, task="next_token", dtype="float64")
     assert_same(found, wanted, 1e-5)  # transformers takes this loss in float32 whatever the model's dtype
-    assert_same(client_update(model, TEXTS, task="next_token"), wanted, 1e-4)
+    assert_same(sent(model, TEXTS, task="next_token"), wanted, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +149,7 @@ def test_a_language_head_is_tied_or_made_and_shared(
 ) -> None:
     network = copy.deepcopy(model.network)
     network.config.tie_word_embeddings = False
-    tied, untied = (client_update(m, TEXTS, task=task) for m in (model, replace(model, network=network)))
+    tied, untied = (sent(m, TEXTS, task=task) for m in (model, replace(model, network=network)))
     assert f"{decoder}.weight" not in tied.gradients
     assert (tied.gradients[f"{embedding}.weight"].norm(dim=1) > 0).all()  # as every token is a possible answer
     assert untied.gradients[f"{decoder}.weight"].shape == untied.gradients[f"{embedding}.weight"].shape
@@ -159,8 +165,8 @@ def test_a_language_head_is_tied_or_made_and_shared(
 @pytest.mark.parametrize("loss", ["cross_entropy", "frobenius"])
 def test_padding_side_changes_nothing(model: LanguageModel, task: str, loss: str) -> None:
     model = trained_norms(model)
-    right = client_update(model, TEXTS, task=task, loss=loss, dtype="float64")
-    left = client_update(model, TEXTS, task=task, loss=loss, dtype="float64", padding_side="left")
+    right = sent(model, TEXTS, task=task, loss=loss, dtype="float64")
+    left = sent(model, TEXTS, task=task, loss=loss, dtype="float64", padding_side="left")
     assert_same(left, right.gradients, 1e-6 if task == "next_token" else 1e-10)
 
 
@@ -170,13 +176,13 @@ def test_a_batch_is_the_mean_of_its_texts_in_any_order(model: LanguageModel, los
     """Neither padding nor neighbours reach a text: no pad enters the gradient."""
     model = trained_norms(model)
     options = {"loss": loss, "dtype": "float64"}
-    batch = client_update(model, TEXTS, [0, 1, 1, 0], **options)
+    batch = sent(model, TEXTS, [0, 1, 1, 0], **options)
     # Class 1 in each call keeps the head at two classes, with one seed the same head.
-    alone = [client_update(model, [text], [label], **options) for text, label in zip(TEXTS, [0, 1, 1, 0], strict=True)]
+    alone = [sent(model, [text], [label], **options) for text, label in zip(TEXTS, [0, 1, 1, 0], strict=True)]
     mean = {name: sum(update.gradients[name] for update in alone) / len(alone) for name in batch.gradients}
     assert_same(batch, mean, 1e-9)
     order = [2, 0, 3, 1]
-    shuffled = client_update(model, [TEXTS[i] for i in order], [[0, 1, 1, 0][i] for i in order], **options)
+    shuffled = sent(model, [TEXTS[i] for i in order], [[0, 1, 1, 0][i] for i in order], **options)
     assert_same(shuffled, batch.gradients, 1e-9)
 
 
@@ -184,11 +190,11 @@ def test_a_text_that_ends_in_the_pad_token_is_read_to_its_end(tiny_gpt2: Languag
     """GPT-2 pads with its end-of-text token, and transformers looks for the last token that is not the
     pad."""
     texts = ["the dog <eos>", "a cat sat down on it"]
-    batch = client_update(tiny_gpt2, texts, [0, 0], dtype="float64")
-    left = client_update(tiny_gpt2, texts, [0, 0], dtype="float64", padding_side="left")
+    batch = sent(tiny_gpt2, texts, [0, 0], dtype="float64")
+    left = sent(tiny_gpt2, texts, [0, 0], dtype="float64", padding_side="left")
     assert_same(left, batch.gradients, 1e-10)
     position = batch.gradients["transformer.wpe.weight"].norm(dim=1)
-    first = client_update(tiny_gpt2, texts[:1], [0], dtype="float64").gradients["transformer.wpe.weight"].norm(dim=1)
+    first = sent(tiny_gpt2, texts[:1], [0], dtype="float64").gradients["transformer.wpe.weight"].norm(dim=1)
     assert (first[:3] > 0).all()
     assert (position[:6] > 0).all()
     assert (position[6:] == 0).all()
@@ -198,9 +204,9 @@ def test_a_text_that_ends_in_the_pad_token_is_read_to_its_end(tiny_gpt2: Languag
 def test_share_restricts_and_the_model_is_left_as_it_was(model: LanguageModel) -> None:
     weights = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
     config = copy.deepcopy(model.network.config)
-    everything = client_update(model, TEXTS).gradients
+    everything = sent(model, TEXTS).gradients
     for share in ("attention", list(everything)[3:5], [next(iter(everything))]):
-        some = client_update(model, TEXTS, share=share)
+        some = sent(model, TEXTS, share=share)
         assert 0 < len(some.gradients) < len(everything)
         assert share == "attention" or set(some.gradients) == set(share)
         assert_same(some, {name: everything[name] for name in some.gradients}, 1e-5)
@@ -227,7 +233,7 @@ def test_share_restricts_and_the_model_is_left_as_it_was(model: LanguageModel) -
     indirect=["model"],
 )
 def test_share_attention_is_the_linear_maps_of_attention(model: LanguageModel, maps: list[str]) -> None:
-    names = list(client_update(model, TEXTS, share="attention").gradients)
+    names = list(sent(model, TEXTS, share="attention").gradients)
     block = {
         "tiny-gpt2": "transformer.h",
         "tiny-llama": "model.layers",
@@ -241,8 +247,8 @@ def test_share_attention_is_the_linear_maps_of_attention(model: LanguageModel, m
 @every(*ALL)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1), ("float16", 0.02)])
 def test_dtypes(model: LanguageModel, dtype: str, tolerance: float) -> None:
-    wanted = client_update(model, TEXTS, dtype="float64").gradients
-    found = client_update(model, TEXTS, dtype=dtype)
+    wanted = sent(model, TEXTS, dtype="float64").gradients
+    found = sent(model, TEXTS, dtype=dtype)
     assert {tensor.dtype for tensor in found.gradients.values()} == {getattr(torch, dtype)}
     assert all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in found.gradients.values())
     error = sum(float((found.gradients[name].double() - tensor).square().sum()) for name, tensor in wanted.items())
@@ -257,7 +263,7 @@ def test_rotary_frequencies_keep_float32(tiny_llama: LanguageModel, monkeypatch:
     rotary = type(tiny_llama.network.rotary_emb)
     forward = rotary.forward
     monkeypatch.setattr(rotary, "forward", lambda self, *a, **k: seen.append(self.inv_freq) or forward(self, *a, **k))
-    client_update(tiny_llama, TEXTS, dtype="bfloat16", share="attention")
+    sent(tiny_llama, TEXTS, dtype="bfloat16", share="attention")
     assert all(torch.equal(frequencies, tiny_llama.network.rotary_emb.inv_freq) for frequencies in seen)
     assert seen
 
@@ -273,7 +279,7 @@ def test_the_backbone_is_not_copied(model: LanguageModel, task: str, monkeypatch
     seen = []
     handle = model.network.register_forward_hook(lambda module, *_: seen.append(module))
     weights = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
-    client_update(model, TEXTS, task=task)
+    sent(model, TEXTS, task=task)
     handle.remove()
     assert seen == [model.network]
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.network.state_dict().items())
@@ -281,10 +287,10 @@ def test_the_backbone_is_not_copied(model: LanguageModel, task: str, monkeypatch
 
 
 def test_labels_and_seed_make_the_head(tiny_gpt2: LanguageModel) -> None:
-    update = client_update(tiny_gpt2, TEXTS, [0, 4, 1, 1])
+    update = sent(tiny_gpt2, TEXTS, [0, 4, 1, 1])
     assert update.gradients["score.weight"].shape == (5, 64)
-    default, given = client_update(tiny_gpt2, TEXTS), client_update(tiny_gpt2, TEXTS, [0, 1, 0, 1])
-    other = client_update(tiny_gpt2, TEXTS, seed=1)
+    default, given = sent(tiny_gpt2, TEXTS), sent(tiny_gpt2, TEXTS, [0, 1, 0, 1])
+    other = sent(tiny_gpt2, TEXTS, seed=1)
     name = "transformer.h.0.attn.c_attn.weight"
     assert torch.equal(default.gradients[name], given.gradients[name])
     assert not torch.allclose(default.gradients[name], other.gradients[name], rtol=0.1)
@@ -292,158 +298,6 @@ def test_labels_and_seed_make_the_head(tiny_gpt2: LanguageModel) -> None:
 
 
 def test_one_token_texts_classify(tiny_gpt2: LanguageModel) -> None:
-    update = client_update(tiny_gpt2, ["dog", "cat"])
+    update = sent(tiny_gpt2, ["dog", "cat"])
     touched = update.gradients["transformer.wte.weight"].norm(dim=1).nonzero().flatten().tolist()
     assert sorted(touched) == sorted(ids[0] for ids in encode(tiny_gpt2.tokenizer, ["dog", "cat"]))
-
-
-def call_of(model: LanguageModel, **options) -> tuple[tuple, dict]:
-    """What the backbone is called with."""
-    seen = []
-    handle = model.network.register_forward_pre_hook(lambda _, a, k: seen.append((a, k)), with_kwargs=True)
-    client_update(model, TEXTS, share="attention", **options)
-    handle.remove()
-    return seen[0]
-
-
-def test_encode_is_what_the_client_trains_on(tiny_llama_bos: LanguageModel, tiny_bert: LanguageModel) -> None:
-    for model in (tiny_llama_bos, tiny_bert):
-        assert encode(model.tokenizer, TEXTS) == [model.tokenizer(text)["input_ids"] for text in TEXTS]
-        cut = encode(model.tokenizer, TEXTS, max_length=4)
-        assert max(map(len, cut)) == 4
-        args, options = call_of(model, max_length=4)
-        ids, mask = args[0] if args else options["input_ids"], options["attention_mask"]
-        assert [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)] == cut
-    assert encode(tiny_bert.tokenizer, []) == []
-
-
-@every(*MASKED)
-def test_masked_inputs_are_what_the_network_sees(model: LanguageModel) -> None:
-    inputs, _ = masked_inputs(model.tokenizer, encode(model.tokenizer, TEXTS, max_length=6), 3)
-    for loss in ("cross_entropy", "frobenius"):
-        args, options = call_of(model, task="masked", seed=3, max_length=6, loss=loss)
-        ids, mask = args[0] if args else options["input_ids"], options["attention_mask"]
-        assert [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)] == inputs
-    assert inputs != encode(model.tokenizer, TEXTS, max_length=6)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.integers(6, 200), min_size=1, max_size=40), min_size=1, max_size=5), st.integers(0, 9))
-def test_masked_inputs_ask_for_a_share_of_every_text_and_leave_the_rest(words: list[list[int]], seed: int) -> None:
-    tokenizer = word_tokenizer("mask")
-    frame = sorted(frame_ids(tokenizer))
-    assert tokenizer.mask_token_id not in frame and tokenizer.unk_token_id not in frame
-    texts = [[tokenizer.cls_token_id, *ids, tokenizer.sep_token_id] for ids in words]
-    inputs, targets = masked_inputs(tokenizer, texts, seed)
-    for text, seen, asked in zip(texts, inputs, targets, strict=True):
-        assert len(text) == len(seen) == len(asked)
-        places = [place for place, target in enumerate(asked) if target != -100]
-        assert len(places) == max(1, round(0.15 * (len(text) - 2)))
-        assert all(asked[place] == text[place] and text[place] not in frame for place in places)
-        assert all(seen[place] == text[place] for place in set(range(len(text))) - set(places))
-        assert all(0 <= token < len(tokenizer) for token in seen)
-    assert masked_inputs(tokenizer, texts, seed) == (inputs, targets)
-    turned = masked_inputs(tokenizer, texts[::-1], seed)
-    assert sorted(zip(*turned, strict=True)) == sorted(zip(inputs, targets, strict=True))
-
-
-def test_masks_are_drawn_as_bert_draws_them(tiny_distilbert: LanguageModel) -> None:
-    """Of 15000 targets 80 % are masked, 10 % random (one in 700 of them the token itself) and 10 % kept."""
-    tokenizer = tiny_distilbert.tokenizer
-    texts = [[tokenizer.cls_token_id, *range(10, 510), tokenizer.sep_token_id]] * 200
-    inputs, targets = masked_inputs(tokenizer, texts, 0)
-    assert len({tuple(row) for row in inputs}) == 200  # equal texts are corrupted one by one
-    pairs = zip(chain(*inputs), chain(*targets), strict=True)
-    drawn = [(seen, asked) for seen, asked in pairs if asked != -100]
-    assert len(drawn) == 15000
-    masked = sum(seen == tokenizer.mask_token_id for seen, _ in drawn) / len(drawn)
-    kept = sum(seen == asked for seen, asked in drawn) / len(drawn)
-    others = {seen for seen, asked in drawn if seen not in (asked, tokenizer.mask_token_id)}
-    assert abs(masked - 0.8) < 0.015 and abs(kept - 0.1) < 0.012
-    assert not others & set(tokenizer.all_special_ids) and len(others) > 0.8 * len(tokenizer)
-    places = [asked for _, asked in drawn]
-    assert min(map(places.count, range(10, 510))) > 10 and max(map(places.count, range(10, 510))) < 60
-    assert masked_inputs(tokenizer, texts, 1) != (inputs, targets)
-
-
-def test_a_text_of_special_tokens_has_no_target(tiny_distilbert: LanguageModel) -> None:
-    texts = ["[SEP] [CLS]", "the dog is good"]
-    update = client_update(tiny_distilbert, texts, task="masked", dtype="float64")
-    alone = client_update(tiny_distilbert, texts[1:], task="masked", dtype="float64")
-    assert_same(update, alone.gradients, 1e-9)
-    with pytest.raises(DagerError, match="every text has special tokens only"):
-        client_update(tiny_distilbert, texts[:1], task="masked")
-
-
-def test_a_mask_token_that_the_model_has_not_is_named(tiny_bert: LanguageModel) -> None:
-    tokenizer = copy.deepcopy(tiny_bert.tokenizer)
-    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-    with pytest.raises(DagerError, match="tokenizer and model do not belong together"):
-        client_update(replace(tiny_bert, tokenizer=tokenizer), TEXTS, task="masked")
-
-
-@pytest.mark.parametrize(
-    ("model", "texts", "options", "message"),
-    [
-        ("tiny_gpt2", [], {}, "the batch is empty"),
-        ("tiny_gpt2", "the dog", {}, "list of strings"),
-        ("tiny_gpt2", ["dog", None], {}, "list of strings"),
-        ("tiny_gpt2", ["dog", ""], {}, "text 1 ('') has no tokens"),
-        ("tiny_bert", ["dog", "  "], {}, "text 1 ('  ') has no tokens"),
-        ("tiny_llama_bos", [""], {}, "text 0 ('') has no tokens"),
-        (
-            "tiny_gpt2",
-            ["cat", "dog " * 129],
-            {},
-            "text 1 has 129 tokens and the model 128 positions: max_length=128",
-        ),
-        ("tiny_gpt2", TEXTS, {"labels": [0, 1]}, "2 labels for 4 texts"),
-        ("tiny_gpt2", TEXTS, {"labels": [0, 1, -1, 0]}, "label -1 is negative"),
-        ("tiny_gpt2", TEXTS, {"labels": [0, 1, 0.5, 0]}, "labels must be integers"),
-        (
-            "tiny_gpt2",
-            TEXTS,
-            {"task": "regression"},
-            "task is 'regression': choose one of classification, next_token, masked",
-        ),
-        ("tiny_gpt2", TEXTS, {"loss": "hinge"}, "loss is 'hinge': choose one of cross_entropy, frobenius"),
-        ("tiny_gpt2", TEXTS, {"dtype": "int8"}, "dtype is 'int8': choose one of float32"),
-        ("tiny_gpt2", TEXTS, {"padding_side": "top"}, "padding_side is 'top': choose one of right, left"),
-        ("tiny_gpt2", TEXTS, {"share": "mlp"}, "share is 'mlp': choose all, attention"),
-        ("tiny_gpt2", TEXTS, {"share": []}, "share is '[]': choose all, attention"),
-        ("tiny_gpt2", TEXTS, {"share": ["h.9.x"]}, "share names 'h.9.x'"),
-        (
-            "tiny_gpt2",
-            TEXTS,
-            {"share": ["score.weight"], "loss": "frobenius"},
-            "the loss depends on no parameter",
-        ),
-        ("tiny_gpt2", TEXTS, {"max_length": 0}, "max_length is 0"),
-        ("tiny_bert", TEXTS, {"max_length": 2}, "must exceed the 2 special tokens"),
-        ("tiny_gpt2", ["dog", "cat"], {"task": "next_token"}, "at least two tokens"),
-        ("tiny_bert", TEXTS, {"task": "next_token"}, "needs a causal model and bert is not"),
-        ("tiny_roberta", TEXTS, {"task": "next_token"}, "roberta is not: use task 'masked'"),
-        ("tiny_bert", TEXTS, {"padding_side": "left"}, "needs a causal model"),
-        ("tiny_gpt2", TEXTS, {"task": "masked"}, "needs a bidirectional model and gpt2 is causal: use task 'next_"),
-        ("tiny_bert", TEXTS, {"task": "masked"}, "needs a mask token and the tokenizer has none"),
-        ("tiny_roberta", ["cat", "dog " * 127], {}, "text 1 has 129 tokens and the model 128 positions"),
-    ],
-    indirect=["model"],
-)
-def test_a_mistake_is_named_in_one_line(model: LanguageModel, texts, options: dict, message: str) -> None:
-    with pytest.raises(DagerError) as caught:
-        client_update(model, texts, **options)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not any(parameter.requires_grad for parameter in model.network.parameters())
-
-
-def test_a_foreign_tokenizer_and_an_overflow_are_named(tiny_gpt2: LanguageModel) -> None:
-    network = copy.deepcopy(tiny_gpt2.network)
-    network.resize_token_embeddings(300)
-    with pytest.raises(DagerError, match="vocabulary 300 rows: tokenizer and model do not belong together"):
-        client_update(replace(tiny_gpt2, network=network), ["young you"])
-    network = copy.deepcopy(tiny_gpt2.network)
-    network.ln_f.weight.data *= 1e4
-    with pytest.raises(DagerError, match=r"in dtype 'float16' .* with bfloat16, float32 or float64"):
-        client_update(replace(tiny_gpt2, network=network), TEXTS, loss="frobenius", dtype="float16")
