@@ -6,7 +6,7 @@ The client runs the model classes of transformers unmodified.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ def _update(model: LanguageModel, batch: PrivateBatch, config: ClientConfig) -> 
     shared = shared_parameters(client, adapter, config.share)
     with requiring_grad(shared):
         gradients = _gradients(_loss(client, adapter, padded, batch.labels, config), shared, config.share)
-    return _as_update(gradients, model.name, config.dtype)
+    return _as_update(gradients, model, config.dtype)
 
 
 def _in_dtype(network: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -149,15 +149,28 @@ def _gradients(
     return {name: gradient.detach().cpu() for name, gradient in zip(shared, found, strict=True) if gradient is not None}
 
 
-def _as_update(gradients: dict[str, Tensor], model: str, dtype: str) -> Update:
-    """The update; where the gradient overflowed, the error says which dtypes reach further."""
+def _as_update(gradients: dict[str, Tensor], model: LanguageModel, dtype: str) -> Update:
+    """The update; where a gradient is not finite, the error says why and what to do."""
     try:
-        return Update(gradients, model=model)
+        return Update(gradients, model=model.name)
     except UpdateError as error:
-        overflowed = next((name for name, gradient in gradients.items() if not gradient.isfinite().all()), None)
-        if overflowed is None:
+        broken = _not_finite(gradients.items())
+        if broken is None:
             raise
-        largest = torch.finfo(getattr(torch, dtype)).max
-        wider = [name for name in sorted(DTYPES) if torch.finfo(getattr(torch, name)).max > largest]
-        advice = f"train with {' or '.join(wider)}" if wider else "check the model's weights"
-        raise DagerError(f"in dtype {dtype!r} the gradient of {quote(overflowed)} overflows: {advice}") from error
+        reason = _reason(model.network, dtype)
+        raise DagerError(f"in dtype {dtype!r} the gradient of {quote(broken)} {reason}") from error
+
+
+def _reason(network: PreTrainedModel, dtype: str) -> str:
+    """Why a gradient is not finite, and which dtypes reach further."""
+    weight = _not_finite(network.named_parameters())
+    if weight is not None:
+        return f"is not finite, as the model's {quote(weight)} is not: load other weights"
+    largest = torch.finfo(getattr(torch, dtype)).max
+    wider = [name for name in sorted(DTYPES) if torch.finfo(getattr(torch, name)).max > largest]
+    return f"overflows: train with {' or '.join(wider)}" if wider else "overflows: give the model smaller weights"
+
+
+def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity."""
+    return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
