@@ -20,6 +20,26 @@ from transformers import PreTrainedModel
 from dager_tutorial.models.first_input import FirstInput
 from dager_tutorial.models.tap import KINDS, QKV, QUERY, Tap
 
+Rows = Float[Tensor, "rows width"]
+"""Hidden states of a causal model, or the normalised vectors that enter its maps."""
+
+RowProjections = tuple[
+    Float[Tensor, "rows heads head_width"],
+    Float[Tensor, "rows key_heads head_width"],
+    Float[Tensor, "rows key_heads head_width"],
+]
+"""Query, key and value of such rows; several query heads may share a key head."""
+
+Vectors = Float[Tensor, "*rows width"]
+"""What enters a block or an MLP of a bidirectional model, with any leading dimensions."""
+
+Projections = tuple[
+    Float[Tensor, "*rows heads head_width"],
+    Float[Tensor, "*rows heads head_width"],
+    Float[Tensor, "*rows heads head_width"],
+]
+"""Query, key and value of such vectors."""
+
 
 class Adapter(ABC):
     """One architecture family. Subclasses are leaves and say where its submodules are.
@@ -84,14 +104,19 @@ class Adapter(ABC):
         """All taps, block by block."""
         return [self.tap(block, kind) for block in range(self.num_blocks) for kind in KINDS]
 
-    def position_ids(self, attention_mask: Tensor) -> Tensor:
+    def position_ids(self, attention_mask: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
         """The `position_ids` of a mask's tokens (batch x length, int64), counted from 0 at each text's first token."""
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
     @torch.no_grad()
     def tap_inputs(
-        self, token_ids: Tensor, attention_mask: Tensor, taps: Iterable[Tap], *, starts: Tensor | None = None
-    ) -> dict[Tap, Tensor]:
+        self,
+        token_ids: Int[Tensor, "batch length"],
+        attention_mask: Int[Tensor, "batch length"],
+        taps: Iterable[Tap],
+        *,
+        starts: Int[Tensor, " batch"] | None = None,
+    ) -> dict[Tap, Float[Tensor, "batch length _"]]:
         """Run the unmodified forward pass and read the inputs of linear maps through forward pre-hooks.
 
         Args:
@@ -128,15 +153,15 @@ class DecoderAdapter(Adapter):
     head_width: int
 
     @abstractmethod
-    def embed(self, token_ids: Tensor, position: int) -> Tensor:
+    def embed(self, token_ids: Int[Tensor, " rows"], position: int) -> Rows:
         """Hidden states (tokens x width) that tokens (int64) have before block 0 at a position."""
 
     @abstractmethod
-    def attention_input(self, block: int, hidden: Tensor) -> Tensor:
+    def attention_input(self, block: int, hidden: Rows) -> Rows:
         """The normalised vectors (rows x width) that enter query, key and value of a block."""
 
     @abstractmethod
-    def project(self, block: int, vectors: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, block: int, vectors: Rows, position: int) -> RowProjections:
         """Query (rows x heads x width), key and value (rows x key heads x width) at a position, with its rotation."""
 
     @abstractmethod
@@ -148,15 +173,15 @@ class DecoderAdapter(Adapter):
         return None
 
     @abstractmethod
-    def after_attention(self, block: int, hidden: Tensor, attended: Tensor) -> Tensor:
+    def after_attention(self, block: int, hidden: Rows, attended: Float[Tensor, "rows inputs"]) -> Rows:
         """Hidden states (rows x width) after the output map of `attended` (rows x heads * width) and the residual."""
 
     @abstractmethod
-    def mlp_input(self, block: int, hidden: Tensor) -> Tensor:
+    def mlp_input(self, block: int, hidden: Rows) -> Rows:
         """The normalised vectors (rows x width) that enter the MLP."""
 
     @abstractmethod
-    def after_mlp(self, block: int, hidden: Tensor, vectors: Tensor) -> Tensor:
+    def after_mlp(self, block: int, hidden: Rows, vectors: Rows) -> Rows:
         """Hidden states (rows x width) after the MLP of `vectors` and the residual."""
 
 
@@ -172,7 +197,7 @@ class EncoderAdapter(Adapter):
     head_width: int
 
     @abstractmethod
-    def project(self, block: int, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, block: int, vectors: Vectors) -> Projections:
         """Query, key and value (... x heads x head width) of a block's inputs (... x width)."""
 
     @abstractmethod
@@ -180,7 +205,7 @@ class EncoderAdapter(Adapter):
         """The factor on query-key products."""
 
     @abstractmethod
-    def after_attention(self, block: int, hidden: Tensor, attended: Tensor) -> Tensor:
+    def after_attention(self, block: int, hidden: Vectors, attended: Float[Tensor, "*rows inputs"]) -> Vectors:
         """What enters the MLP (... x width).
 
         Args:
@@ -190,5 +215,5 @@ class EncoderAdapter(Adapter):
         """
 
     @abstractmethod
-    def after_mlp(self, block: int, vectors: Tensor) -> Tensor:
+    def after_mlp(self, block: int, vectors: Vectors) -> Vectors:
         """The next block's inputs (... x width), of the vectors that enter the MLP (... x width)."""

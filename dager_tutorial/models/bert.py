@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dager_tutorial.models.adapter import EncoderAdapter
+from dager_tutorial.models.adapter import EncoderAdapter, Projections, Vectors
 from dager_tutorial.models.first_input import FirstInput
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY
 
@@ -52,7 +53,7 @@ class BertAdapter(EncoderAdapter):
             MLP: (part.intermediate.dense,),
         }[kind]
 
-    def project(self, block: int, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, block: int, vectors: Vectors) -> Projections:
         """Query, key and value (... x heads x head width) of a block's inputs (... x width)."""
         attention = self.blocks[block].attention.self
         query, key, value = (
@@ -65,11 +66,11 @@ class BertAdapter(EncoderAdapter):
         """The factor on query-key products."""
         return float(self.blocks[block].attention.self.scaling)
 
-    def after_attention(self, block: int, hidden: Tensor, attended: Tensor) -> Tensor:
+    def after_attention(self, block: int, hidden: Vectors, attended: Float[Tensor, "*rows inputs"]) -> Vectors:
         """What enters the MLP (... x width): output map, residual and layer norm."""
         return self.blocks[block].attention.output(attended, hidden)
 
-    def after_mlp(self, block: int, vectors: Tensor) -> Tensor:
+    def after_mlp(self, block: int, vectors: Vectors) -> Vectors:
         """The next block's inputs (... x width): MLP, residual and layer norm."""
         part = self.blocks[block]
         return part.output(part.intermediate(vectors), vectors)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dager_tutorial.models.adapter import EncoderAdapter
+from dager_tutorial.models.adapter import EncoderAdapter, Projections, Vectors
 from dager_tutorial.models.first_input import FirstInput
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY
 
@@ -50,7 +51,7 @@ class DistilBertAdapter(EncoderAdapter):
             MLP: (part.ffn.lin1,),
         }[kind]
 
-    def project(self, block: int, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, block: int, vectors: Vectors) -> Projections:
         """Query, key and value (... x heads x head width) of a block's inputs (... x width)."""
         query, key, value = (
             linear(vectors).unflatten(-1, (self.num_heads, self.head_width)) for linear in self.linear_maps(block, QKV)
@@ -61,12 +62,12 @@ class DistilBertAdapter(EncoderAdapter):
         """The factor on query-key products."""
         return float(self.blocks[block].attention.scaling)
 
-    def after_attention(self, block: int, hidden: Tensor, attended: Tensor) -> Tensor:
+    def after_attention(self, block: int, hidden: Vectors, attended: Float[Tensor, "*rows inputs"]) -> Vectors:
         """What enters the MLP (... x width): output map, residual and layer norm."""
         part = self.blocks[block]
         return part.sa_layer_norm(part.attention.out_lin(attended) + hidden)
 
-    def after_mlp(self, block: int, vectors: Tensor) -> Tensor:
+    def after_mlp(self, block: int, vectors: Vectors) -> Vectors:
         """The next block's inputs (... x width): MLP, residual and layer norm."""
         part = self.blocks[block]
         return part.output_layer_norm(part.ffn(vectors) + vectors)

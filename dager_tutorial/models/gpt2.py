@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.adapter import DecoderAdapter, RowProjections, Rows
 from dager_tutorial.models.first_input import FirstInput
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP
 
@@ -46,15 +47,15 @@ class GPT2Adapter(DecoderAdapter):
         part = self.blocks[block]
         return {MLP: (part.mlp.c_fc,), ATTENTION_OUTPUT: (part.attn.c_proj,)}.get(kind, (part.attn.c_attn,))
 
-    def embed(self, token_ids: Tensor, position: int) -> Tensor:
+    def embed(self, token_ids: Int[Tensor, " rows"], position: int) -> Rows:
         """Hidden states (tokens x width) that tokens (int64) have before block 0 at a position."""
         return self.network.wte(token_ids) + self.network.wpe.weight[position]
 
-    def attention_input(self, block: int, hidden: Tensor) -> Tensor:
+    def attention_input(self, block: int, hidden: Rows) -> Rows:
         """The normalised vectors (rows x width) that enter query, key and value of a block."""
         return self.blocks[block].ln_1(hidden)
 
-    def project(self, block: int, vectors: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, block: int, vectors: Rows, position: int) -> RowProjections:
         """Query, key and value (rows x heads x width) at a position."""
         parts = self.blocks[block].attn.c_attn(vectors).split(self.hidden_size, dim=-1)
         query, key, value = (part.unflatten(-1, (self.num_heads, self.head_width)) for part in parts)
@@ -64,14 +65,14 @@ class GPT2Adapter(DecoderAdapter):
         """The factor on query-key products."""
         return float(self.blocks[block].attn.scaling)
 
-    def after_attention(self, block: int, hidden: Tensor, attended: Tensor) -> Tensor:
+    def after_attention(self, block: int, hidden: Rows, attended: Float[Tensor, "rows inputs"]) -> Rows:
         """Hidden states (rows x width) after the attention's output map and residual."""
         return hidden + self.blocks[block].attn.c_proj(attended)
 
-    def mlp_input(self, block: int, hidden: Tensor) -> Tensor:
+    def mlp_input(self, block: int, hidden: Rows) -> Rows:
         """The normalised vectors (rows x width) that enter the MLP."""
         return self.blocks[block].ln_2(hidden)
 
-    def after_mlp(self, block: int, hidden: Tensor, vectors: Tensor) -> Tensor:
+    def after_mlp(self, block: int, hidden: Rows, vectors: Rows) -> Rows:
         """Hidden states (rows x width) after the MLP of `vectors` and the residual."""
         return hidden + self.blocks[block].mlp(vectors)

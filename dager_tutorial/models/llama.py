@@ -6,11 +6,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.adapter import DecoderAdapter, RowProjections, Rows
 from dager_tutorial.models.first_input import FirstInput
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY
 
@@ -52,15 +53,15 @@ class LlamaAdapter(DecoderAdapter):
             MLP: (mlp.gate_proj, mlp.up_proj),
         }[kind]
 
-    def embed(self, token_ids: Tensor, position: int) -> Tensor:
+    def embed(self, token_ids: Int[Tensor, " rows"], position: int) -> Rows:
         """Hidden states (tokens x width) that tokens (int64) have before block 0, the same at every position."""
         return self.network.embed_tokens(token_ids)
 
-    def attention_input(self, block: int, hidden: Tensor) -> Tensor:
+    def attention_input(self, block: int, hidden: Rows) -> Rows:
         """The normalised vectors (rows x width) that enter query, key and value of a block."""
         return self.blocks[block].input_layernorm(hidden)
 
-    def project(self, block: int, vectors: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, block: int, vectors: Rows, position: int) -> RowProjections:
         """Query (rows x heads x width), key and value (rows x key heads x width), query and key rotated."""
         attention = self.blocks[block].self_attn
         query, key, value = (
@@ -84,14 +85,14 @@ class LlamaAdapter(DecoderAdapter):
             return attention.sliding_window
         return getattr(self.config, "sliding_window", None)
 
-    def after_attention(self, block: int, hidden: Tensor, attended: Tensor) -> Tensor:
+    def after_attention(self, block: int, hidden: Rows, attended: Float[Tensor, "rows inputs"]) -> Rows:
         """Hidden states (rows x width) after the attention's output map and residual."""
         return hidden + self.blocks[block].self_attn.o_proj(attended)
 
-    def mlp_input(self, block: int, hidden: Tensor) -> Tensor:
+    def mlp_input(self, block: int, hidden: Rows) -> Rows:
         """The normalised vectors (rows x width) that enter the MLP."""
         return self.blocks[block].post_attention_layernorm(hidden)
 
-    def after_mlp(self, block: int, hidden: Tensor, vectors: Tensor) -> Tensor:
+    def after_mlp(self, block: int, hidden: Rows, vectors: Rows) -> Rows:
         """Hidden states (rows x width) after the MLP of `vectors` and the residual."""
         return hidden + self.blocks[block].mlp(vectors)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 
+from jaxtyping import Int
 from torch import Tensor
 
-from dager_tutorial.models.first_input import FirstInput
 from dager_tutorial.models.bert import BertAdapter
+from dager_tutorial.models.first_input import FirstInput
 
 
 class RobertaAdapter(BertAdapter):
@@ -31,6 +32,6 @@ class RobertaAdapter(BertAdapter):
         assert factors.positions is not None
         return replace(factors, positions=factors.positions[self.first_position :])
 
-    def position_ids(self, attention_mask: Tensor) -> Tensor:
+    def position_ids(self, attention_mask: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
         """Positions (batch x length, int64) of the tokens of a mask, as the network counts them."""
         return super().position_ids(attention_mask) + self.first_position
