@@ -1,4 +1,4 @@
-"""Tiny random models for fast tests: every architecture family, an offline word-level tokenizer."""
+"""Fixtures of tiny random models, one of every architecture, and the checks of annotations that hold in all tests."""
 
 from __future__ import annotations
 
@@ -16,50 +16,17 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import (
-    AutoModel,
-    BertConfig,
-    DistilBertConfig,
-    GPT2Config,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-)
+from jaxtyping import install_import_hook
+
+# Before anything of these packages is imported: under pytest every annotation is checked, shapes included.
+_CHECKED = ("client", "evaluation", "models", "server", "textbook")
+install_import_hook([f"dager_tutorial.{name}" for name in _CHECKED], "shape_checks.checked")
+pytest.register_assert_rewrite("helpers")
+
+from helpers import WORDS, family, random_model, shaken, word_tokenizer
+from transformers import BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, RobertaConfig
 
 from dager_tutorial.models.language_model import LanguageModel
-
-WORDS = """
-a about above across action actor after again age ago air all almost alone along also always among and angry
-animal another answer any apple are arm around art as ask at away baby back bad bag ball bank be bear
-beautiful because bed been before began behind believe best better between big bird black blood blue board
-boat body bone book both bottle box boy bread break breakfast bridge bright bring brother brown build burn bus
-business busy but buy by cake call came camera can car care carry case cat catch chair chance change cheap
-cheese child church city class clean clear clever climb clock close cloud coat coffee cold come company cook
-cool corn corner could country course cousin cover cow cross cry cup cut dance danger dark daughter day dead
-dear decide deep desk did die different dinner dirty do doctor dog door down draw dream dress drink drive drop
-dry during each ear early earth east easy eat edge egg empty end enough evening every eye face fact fall
-family far farm fast father fear feel few field fight film find finger fire first fish floor flower fly follow
-food foot for forest forget found free fresh friend from front fruit full funny game garden gave girl give
-glad glass go gold good grass great green grey ground grow had hair half hand happy hard has hat have he head
-hear heart heavy help her here high hill him his hold hole holiday home hope horse hospital hot hotel hour
-house how hundred hungry husband ice idea if ill in inside into iron is island it job join jump just keep key
-kind king kitchen knee knew know lady lake land large last late laugh lead leaf learn leave left leg less
-letter life light like line lion lip listen little live long look lose loud love low lunch make man many map
-mark market may me meal meat meet milk mind minute mirror money month moon more morning most mother mountain
-mouth move music must my name near neck need never new news night no noise north nose not nothing now number
-of off office often oil old on once one only open or orange other our out over page paint paper park part pass
-pay pen people picture place plan play please pocket point poor quick quiet rain read red rest rice rich ride
-right ring river road rock room round run sad said salt same sand school sea see she ship shirt shoe shop
-short show sing sister sit sleep slow small smile snow so some song soon south stand star stay stone stop
-story street strong sugar sun table take talk tall tea tell that the their then there they thing think this
-tired to today together too town train tree true try under until up us very voice wait walk wall want warm was
-watch water we week well went were west what when where white who why wife wind window winter with woman wood
-word work world write year yes you young
-""".split()  # noqa: SIM905
-"""The ordinary words that the tiny tokenizers know, each one token."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,59 +35,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _SHAPE = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "initializer_range": 0.1}
-
-
-def word_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over `WORDS`, lower-casing.
-
-    Args:
-        template: None for the way of GPT-2 (nothing added, no pad token), ``"bos"`` for Llama's (one token in
-            front, no pad token), ``"cls"`` for BERT's (one in front, one behind, a pad token), ``"mask"`` for
-            BERT's with a mask token, or ``"s"`` for RoBERTa's (likewise, the pad token's id is 1).
-    """
-    special = {
-        None: {"unk_token": "<unk>", "eos_token": "<eos>"},
-        "bos": {"unk_token": "<unk>", "eos_token": "<eos>", "bos_token": "<bos>"},
-        "cls": {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"},
-        "mask": {
-            "unk_token": "[UNK]",
-            "pad_token": "[PAD]",
-            "cls_token": "[CLS]",
-            "sep_token": "[SEP]",
-            "mask_token": "[MASK]",
-        },
-        "s": {
-            "bos_token": "<s>",
-            "pad_token": "<pad>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "mask_token": "<mask>",
-        },
-    }[template]
-    ids = {word: index for index, word in enumerate([*special.values(), *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special["unk_token"]))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    framed = {"cls": "[CLS] $A [SEP]", "mask": "[CLS] $A [SEP]", "s": "<s> $A </s>"}
-    single = ({None: None, "bos": "<bos> $A"} | framed)[template]
-    if single:
-        added = [(token, ids[token]) for token in special.values() if token in single]
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=added)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
-
-
-def random_model(name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
-    """A model of seeded random weights.
-
-    Args:
-        name: Its name.
-        config: Its configuration; the vocabulary size is the tokenizer's.
-        tokenizer: Its tokenizer.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = AutoModel.from_config(config).eval().requires_grad_(False)
-    return LanguageModel(name, network, tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -194,6 +108,17 @@ def tiny_roberta() -> LanguageModel:
     sizes = {"intermediate_size": 160, "max_position_embeddings": 130, "type_vocab_size": 1}
     config = RobertaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes, **_SHAPE)
     return random_model("tiny-roberta", config, tokenizer)
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    """The model that `helpers.every` names."""
+    kind, _, width = request.param.partition("@")
+    if kind.startswith("tiny_"):
+        return request.getfixturevalue(kind)
+    if kind.startswith("shaken_"):
+        return shaken(request.getfixturevalue(kind.replace("shaken_", "tiny_")))
+    return family(kind, int(width)) if width else family(kind)
 
 
 @pytest.fixture(scope="session")

@@ -2,100 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_model, word_tokenizer
+from helpers import ROBERTAS, every, family, shaken, truth
 from torch import Tensor
-from transformers import (
-    CamembertConfig,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    SmolLM3Config,
-    T5Config,
-    T5EncoderModel,
-    XLMRobertaConfig,
-)
+from transformers import T5Config, T5EncoderModel
 
-from dager_tutorial.client.step import client_update, encode, masked_inputs
+from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.client.step import client_update
 from dager_tutorial.errors import ModelError
-from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.models import adapter_for
-from dager_tutorial.models.tap import KINDS, QKV, QUERY
 from dager_tutorial.models.adapter import DecoderAdapter, EncoderAdapter
+from dager_tutorial.models.attention import attend, unseen
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.server.rounding import attend
-from dager_tutorial.server.token_filter import filter_tokens, first_vectors
+from dager_tutorial.models.tap import KINDS, QKV, QUERY
+from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.server.token_filter import filter_tokens
 
-CONFIGS: dict[str, tuple[type[PretrainedConfig], dict]] = {
-    "llama": (LlamaConfig, {}),
-    "mistral": (MistralConfig, {"sliding_window": 4}),
-    "qwen2": (Qwen2Config, {}),
-    "smollm3": (SmolLM3Config, {"no_rope_layers": [1, 0, 1]}),
-    "smollm3-nope": (SmolLM3Config, {"no_rope_layers": [0, 1, 1]}),
-}
 DECODERS = ["tiny_gpt2", "tiny_llama", "mistral", "qwen2", "smollm3", "smollm3-nope"]
 ENCODERS = ["tiny_bert", "tiny_distilbert", "tiny_roberta"]
-ROBERTAS = {"xlm-roberta": XLMRobertaConfig, "camembert": CamembertConfig}
 ALL = [*DECODERS, *ENCODERS, *ROBERTAS]
-
-
-def shake(model: LanguageModel) -> LanguageModel:
-    """Norms and biases as training leaves them: fresh ones are all ones and zeros, and hide mistakes."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.network.named_parameters():
-        if name.endswith("bias") or "norm" in name.lower() or ".ln_" in name:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-@functools.cache
-def family(kind: str, hidden: int = 64, seed_shape: int = 3) -> LanguageModel:
-    """A random model of the Llama family: grouped queries, norms and biases away from their starting values."""
-    tokenizer = word_tokenizer()
-    config, extra = CONFIGS[kind]
-    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": seed_shape}
-    made = config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        max_position_embeddings=520,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=None,
-        **shape,
-        **extra,
-    )
-    return shake(random_model(f"tiny-{kind}", made, tokenizer))
-
-
-@functools.cache
-def roberta(kind: str) -> LanguageModel:
-    """A random model with RoBERTa's structure and another name, its pad token not where RoBERTa has it."""
-    tokenizer = word_tokenizer("cls")
-    shape = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 160}
-    config = ROBERTAS[kind](
-        vocab_size=len(tokenizer), pad_token_id=5, max_position_embeddings=70, initializer_range=0.1, **shape
-    )
-    return shake(random_model(f"tiny-{kind}", config, tokenizer))
-
-
-@pytest.fixture
-def model(request: pytest.FixtureRequest) -> LanguageModel:
-    if request.param.startswith("tiny_"):
-        return request.getfixturevalue(request.param)
-    return roberta(request.param) if request.param in ROBERTAS else family(request.param)
-
-
-def every(names: list[str]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("model", names, indirect=True)
 
 
 def batch(model: LanguageModel, length: int = 9) -> tuple[Tensor, Tensor]:
@@ -119,7 +47,7 @@ def hooked(model: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor | 
     return seen
 
 
-@every(ALL)
+@every(*ALL)
 def test_tap_inputs_are_what_every_linear_map_of_the_tap_reads(model: LanguageModel) -> None:
     adapter, (ids, mask) = adapter_for(model.network), batch(model)
     seen, taps = hooked(model, ids, mask), adapter.taps()
@@ -136,7 +64,7 @@ def test_tap_inputs_are_what_every_linear_map_of_the_tap_reads(model: LanguageMo
     assert not any(module._forward_pre_hooks for module in model.network.modules())
 
 
-@every(DECODERS)
+@every(*DECODERS)
 def test_step_by_step_primitives_equal_the_forward_pass(model: LanguageModel) -> None:
     adapter, (ids, _) = adapter_for(model.network), batch(model)
     assert isinstance(adapter, DecoderAdapter)
@@ -150,7 +78,8 @@ def test_step_by_step_primitives_equal_the_forward_pass(model: LanguageModel) ->
             vectors = adapter.attention_input(block, state)
             query, key, value = adapter.project(block, vectors, position)
             keys, values = [*keys, key], [*values, value]
-            attended = attend(adapter, block, query, torch.stack(keys, 1), torch.stack(values, 1))
+            hidden_keys = unseen(position + 1, torch.zeros(len(ids), dtype=torch.long), adapter.window(block))
+            attended = attend(query, torch.stack(keys, 1), torch.stack(values, 1), adapter.scaling(block), hidden_keys)
             state = adapter.after_attention(block, state, attended)
             inner = adapter.mlp_input(block, state)
             hidden[position] = adapter.after_mlp(block, state, inner)
@@ -164,18 +93,18 @@ def test_step_by_step_primitives_equal_the_forward_pass(model: LanguageModel) ->
     torch.testing.assert_close(torch.stack(hidden, 1), last, atol=5e-5, rtol=1e-5)
 
 
-@every([*ENCODERS, *ROBERTAS])
+@every(*ENCODERS, *ROBERTAS)
 def test_pieces_of_an_encoder_equal_the_forward_pass(model: LanguageModel) -> None:
-    model = shake(replace(model, network=copy.deepcopy(model.network)))
+    model = shaken(model)
     adapter, (ids, _) = adapter_for(model.network), batch(model)
     assert isinstance(adapter, EncoderAdapter)
     wanted = adapter.tap_inputs(ids, torch.ones_like(ids), adapter.taps())
-    vectors = first_vectors(adapter.first_input, ids, torch.arange(ids.shape[1]).expand_as(ids))
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    vectors = adapter.first_input.vectors(ids.flatten(), places.flatten()).unflatten(0, ids.shape)
     for block in range(adapter.num_blocks):
         query, key, value = adapter.project(block, vectors)
         assert query.shape == (*ids.shape, adapter.num_heads, adapter.head_width)
-        weights = torch.einsum("bihw,bjhw->bhij", query, key * adapter.scaling(block)).softmax(-1)
-        attended = torch.einsum("bhij,bjhw->bihw", weights, value).flatten(-2)
+        attended = attend(query, key[:, None], value[:, None], adapter.scaling(block))
         inner = adapter.after_attention(block, vectors, attended)
         for kind, found in zip(KINDS, (vectors, attended, inner), strict=True):
             torch.testing.assert_close(found, wanted[adapter.tap(block, kind)], atol=2e-5, rtol=1e-5)
@@ -199,22 +128,22 @@ def test_the_sliding_window_of_the_test_model_matters() -> None:
     assert not torch.allclose(one[:, 6], other[:, 6])
 
 
-@every(ALL)
-def test_first_vectors_are_block_0s_inputs(model: LanguageModel) -> None:
+@every(*ALL)
+def test_the_factors_give_block_0s_inputs(model: LanguageModel) -> None:
     adapter, (ids, mask) = adapter_for(model.network), batch(model)
     wanted = hooked(model, ids, mask)[adapter.tap(0, QKV).parameters[0].removesuffix(".weight")]
     source = adapter.first_input
     positions = torch.arange(ids.shape[1]).expand_as(ids).flatten() if source.positions is not None else None
-    found = first_vectors(source, ids.flatten(), positions)
+    found = source.vectors(ids.flatten(), positions)
     torch.testing.assert_close(found, wanted.flatten(0, 1), atol=1e-5, rtol=1e-5)
 
 
-@every(ALL)
+@every(*ALL)
 def test_gradients_are_combinations_of_the_taps_inputs(model: LanguageModel) -> None:
     """The gradient of every tap has no row outside the span of the true inputs, in the first blocks all of it."""
     adapter = adapter_for(model.network)
     text = "the dog is good"
-    update = client_update(model, [text], dtype="float64").for_backbone(model.network)
+    update = client_update(model, [text], config=ClientConfig(dtype="float64")).for_backbone(model.network)
     ids = torch.tensor([model.tokenizer(text)["input_ids"]])
     for tap in [*adapter.taps(), adapter.tap(1, QUERY)]:
         rows = adapter.tap_inputs(ids, torch.ones_like(ids), [tap])[tap][0].double()
@@ -228,29 +157,25 @@ def test_gradients_are_combinations_of_the_taps_inputs(model: LanguageModel) -> 
             assert (rows - rows @ basis.T @ basis).norm() < 1e-5 * rows.norm()
 
 
-@every(["tiny_masked_bert", "tiny_distilbert", "tiny_roberta"])
+@every("tiny_masked_bert", "tiny_distilbert", "tiny_roberta")
 @pytest.mark.parametrize("task", ["classification", "masked"])
 def test_what_an_encoder_saw_is_in_the_span_and_passes_the_filter(
     model: LanguageModel, task: str, random_texts: Callable[..., list[str]]
 ) -> None:
     """Whatever the task trains on: under `masked` the corrupted tokens, and where the mask is not the others."""
-    adapter, source = adapter_for(model.network), adapter_for(model.network).first_input
+    adapter = adapter_for(model.network)
+    source, tap = adapter.first_input, adapter.tap(0, QKV)
     for size, seed in [(1, 3), (2, 4), (3, 5)]:
-        texts = random_texts(size, seed)
-        ids = encode(model.tokenizer, texts)
-        if task == "masked":
-            ids, _ = masked_inputs(model.tokenizer, ids, seed)
-        true = sorted({(place, token) for tokens in ids for place, token in enumerate(tokens)})
-        span = evidence_of(model, client_update(model, texts, task=task, seed=seed)).span(0, QKV)
+        texts, config = random_texts(size, seed), ClientConfig(task=task, seed=seed)
+        sequences = truth(model, texts, task, seed=seed)
+        span = evidence_of(model, client_update(model, texts, config=config)).span(tap)
         assert span is not None and not span.saturated
-        for row in ids:
-            taps = adapter.tap_inputs(
-                torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long), [adapter.tap(0, QKV)]
-            )
-            assert (span.ratio(taps[adapter.tap(0, QKV)][0]) <= span.bound).all()
+        for row in sequences:
+            ids = torch.tensor([row])
+            assert span.holds(adapter.tap_inputs(ids, torch.ones_like(ids), [tap])[tap][0]).all()
         found = filter_tokens(source, span)
         passed = {(place, int(token)) for place in range(len(found.tokens)) for token in found.at(place)}
-        assert set(true) <= passed
+        assert {(place, token) for ids in sequences for place, token in enumerate(ids)} <= passed
         assert len(passed) < 0.05 * len(source.tokens) * len(found.tokens)
 
 
@@ -264,7 +189,7 @@ def test_the_query_tap_is_the_query_part_of_a_fused_map(tiny_gpt2: LanguageModel
     assert torch.equal(query.float(), update["h.1.attn.c_attn.weight"][:, :64].T)
 
 
-@every(["tiny_gpt2", "tiny_llama", "mistral"])
+@every("tiny_gpt2", "tiny_llama", "mistral")
 def test_left_padding_does_not_move_a_text(model: LanguageModel) -> None:
     adapter, (ids, _) = adapter_for(model.network), batch(model, 6)
     mask = torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1], [0] * 5 + [1]])
