@@ -58,9 +58,13 @@ class Reconstruction:
 
     @property
     def confirmed(self) -> tuple[tuple[int, ...], ...]:
-        """The sequences that are confirmed, to their ends or as far as any tap can see."""
-        pairs = zip(self.sequences, self.confirmations, strict=False)
-        return tuple(ids for ids, confirmation in pairs if confirmation.certainty is not Certainty.GUESS)
+        """The sequences that are certain: confirmed to their ends, or row by row where all rows are explained.
+
+        A beginning whose rows are confirmed is not certain as long as rows are missing: its text may go on.
+        """
+        pairs = list(zip(self.sequences, self.confirmations, strict=False))
+        certain = {Certainty.WHOLE, Certainty.ROWS} if self.status.rows_explained else {Certainty.WHOLE}
+        return tuple(ids for ids, confirmation in pairs if confirmation.certainty in certain)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON types only; a score that is not finite becomes null.

@@ -84,6 +84,11 @@ class Status(_Explained):
         "check that model, weights and tokenizer are the client's, and that it trained without dropout",
     )
 
+    @property
+    def rows_explained(self) -> bool:
+        """Whether every row of the batch is known, so that nothing is missing but, perhaps, ends."""
+        return self in (Status.TEXTS_COMPLETE, Status.ROWS_COMPLETE)
+
 
 class Certainty(Enum):
     """How much of a text is confirmed."""
@@ -91,7 +96,7 @@ class Certainty(Enum):
     WHOLE = "whole"
     """Every row lies in the spans, and so does the place where the text ends."""
     ROWS = "rows"
-    """Every row lies in the spans; no tap shows whether the text ends there."""
+    """Every row lies in the spans; whether the text ends there no tap shows: alone, it may be a beginning."""
     GUESS = "guess"
     """The likeliest answer; nothing confirms it."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -79,7 +79,7 @@ def attend(
     return mix(weights(scores(query, keys, scaling), hidden), values)
 
 
-def unseen(length: int, starts: Float[Tensor, " rows"] | Tensor, window: int | None) -> Bool[Tensor, "rows length"]:
+def unseen(length: int, starts: Int[Tensor, " rows"], window: int | None) -> Bool[Tensor, "rows length"]:
     """Which of a causal query's keys it does not see, its own key being the last.
 
     Args:

@@ -33,10 +33,6 @@ class Evidence:
         precision: The coarsest dtype among them.
         watch: Credits the time that reading takes to the stage `subspace`.
         spans: What was read, None where nothing was shared or all is zero.
-
-    Example:
-        >>> evidence = evidence_of(model, update)          # doctest: +SKIP
-        >>> evidence.span(evidence.adapter.tap(0, QKV))    # doctest: +SKIP
     """
 
     adapter: Adapter
@@ -95,9 +91,6 @@ class Evidence:
 
         Returns:
             float64; taps of which nothing was shared, or nothing but noise, say nothing and are left out.
-
-        Example:
-            >>> sum(evidence.log_odds(adapter.tap_inputs(ids, mask, taps)).values())    # doctest: +SKIP
         """
         speaking = [tap for tap in vectors if self.nothing_in(tap) is None]
         return {tap: self._log_odds(tap, vectors[tap]) for tap in speaking}

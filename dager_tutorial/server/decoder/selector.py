@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,6 +22,7 @@ class Chosen(NamedTuple):
     ratios: Float[Tensor, " pairs"]
 
 
+@runtime_checkable
 class Selector(Protocol):
     """Chooses which extensions of a front are kept.
 
