@@ -39,8 +39,7 @@ def sent(model: LanguageModel, texts: list[str], labels: list[int] | None = None
 
 
 def assert_same(found: Update, wanted: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Equal names, and tensors equal to a tolerance relative to each; true zeros (BERT's key biases) to the
-    largest."""
+    """Equal names, and tensors equal to a tolerance relative to each; true zeros (BERT's key biases) to the largest."""
     assert set(found.gradients) == set(wanted)
     largest = max(float(tensor.norm()) for tensor in wanted.values())
     for name, tensor in wanted.items():
@@ -49,8 +48,7 @@ def assert_same(found: Update, wanted: dict[str, torch.Tensor], tolerance: float
 
 
 def trained_norms(model: LanguageModel) -> LanguageModel:
-    """The model with gains unlike one: else the squared last hidden state is constant and its gradient
-    noise."""
+    """The model with gains unlike one: else the squared last hidden state is constant and its gradient noise."""
     network = copy.deepcopy(model.network)
     generator = torch.Generator().manual_seed(3)
     for module in network.modules():
@@ -80,8 +78,7 @@ def seed_head(client: nn.Module, seed: int, head_std: float = 1e-3) -> None:
 def plain(
     model: LanguageModel, auto: type, labels: torch.Tensor | None = None, **head
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A client written as any user of transformers would, in float64, with its own weights and the same
-    head."""
+    """A client written as any user of transformers would, in float64, with its own weights and the same head."""
     tokenizer = copy.deepcopy(model.tokenizer)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     config = copy.deepcopy(model.network.config)
@@ -187,8 +184,7 @@ def test_a_batch_is_the_mean_of_its_texts_in_any_order(model: LanguageModel, los
 
 
 def test_a_text_that_ends_in_the_pad_token_is_read_to_its_end(tiny_gpt2: LanguageModel) -> None:
-    """GPT-2 pads with its end-of-text token, and transformers looks for the last token that is not the
-    pad."""
+    """GPT-2 pads with its end-of-text token, and transformers looks for the last token that is not the pad."""
     texts = ["the dog <eos>", "a cat sat down on it"]
     batch = sent(tiny_gpt2, texts, [0, 0], dtype="float64")
     left = sent(tiny_gpt2, texts, [0, 0], dtype="float64", padding_side="left")
