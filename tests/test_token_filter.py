@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_models import family, shake
+from helpers import every
+from torch import Tensor
 
-from dager_tutorial.client.step import client_update, encode
-from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.client.batch import encode
+from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.client.step import client_update
 from dager_tutorial.models import adapter_for
-from dager_tutorial.models.tap import QKV
 from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.tap import QKV
+from dager_tutorial.server import budget
+from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.constants import varied
+from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.server.subspace import Span
-from dager_tutorial.server.token_filter import Candidates, filter_tokens, first_vectors
+from dager_tutorial.server.token_filter import Candidates, filter_by_leverage, filter_tokens
 from dager_tutorial.update import Update
 
 Draw = Callable[..., list[str]]
-ALL = ["tiny_gpt2", "biased_gpt2", "tiny_bert", "biased_bert", "tiny_llama", "qwen2"]
-
-
-@pytest.fixture
-def model(request: pytest.FixtureRequest) -> LanguageModel:
-    name = request.param
-    if name.startswith("biased_"):
-        plain: LanguageModel = request.getfixturevalue(name.replace("biased", "tiny"))
-        return shake(replace(plain, network=copy.deepcopy(plain.network)))
-    return request.getfixturevalue(name) if name.startswith("tiny_") else family(name)
-
-
-def every(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("model", names, indirect=True)
+ALL = ("tiny_gpt2", "shaken_gpt2", "tiny_bert", "shaken_bert", "tiny_llama", "qwen2")
 
 
 def block_0(model: LanguageModel, update: Update) -> Span:
-    span = evidence_of(model, update).span(0, QKV)
+    evidence = evidence_of(model, update)
+    span = evidence.span(evidence.adapter.tap(0, QKV))
     assert span is not None
     return span
 
@@ -54,8 +48,8 @@ def one_by_one(model: LanguageModel, span: Span) -> set[tuple[int, int]]:
     places = range(1 if source.positions is None else len(source.positions))
     found = set()
     for place in places:
-        vectors = first_vectors(source, vocabulary, torch.full_like(vocabulary, place))
-        passing = (span.ratio(vectors) <= span.bound).nonzero()[:, 0]
+        vectors = source.vectors(vocabulary, torch.full_like(vocabulary, place))
+        passing = span.holds(vectors).nonzero()[:, 0]
         found |= {(int(token), place) for token in passing}
     return found
 
@@ -65,10 +59,11 @@ def one_by_one(model: LanguageModel, span: Span) -> set[tuple[int, int]]:
 def test_the_filter_equals_testing_every_pair(model: LanguageModel, dtype: str, random_texts: Draw) -> None:
     for size, seed in [(1, 5), (3, 6)]:
         texts = random_texts(size, seed)
-        span = block_0(model, client_update(model, texts, dtype=dtype))
+        span = block_0(model, client_update(model, texts, config=ClientConfig(dtype=dtype)))
         wanted = one_by_one(model, span)
-        for screening, chunk in [(0, 8192), (1, 50)]:
-            found = filter_tokens(adapter_for(model.network).first_input, span, seed=screening, chunk=chunk)
+        for seed, pairs in [(0, 8192), (1, 50)]:
+            with varied(filter_pairs=pairs):
+                found = filter_tokens(adapter_for(model.network).first_input, span, Budget(seed=seed))
             assert pairs_of(found) == wanted
             assert found.count == len(wanted)
             assert found.every_position == (adapter_for(model.network).first_input.positions is None)
@@ -114,7 +109,7 @@ def ranks_without_bias(true: set[tuple[int, int]]) -> int:
     return len(tokens) + len(places) - len(together)
 
 
-@every("biased_gpt2", "biased_bert")
+@every("shaken_gpt2", "shaken_bert")
 def test_a_cycle_brings_the_bias_into_the_span(model: LanguageModel) -> None:
     """Four pairs of two words at two positions are a cycle: then every pair of a component passes, also elsewhere."""
     for texts, whole in [(["dog the cat", "is the"], False), (["dog the", "the dog", "dog the cat is cat"], True)]:
@@ -153,7 +148,62 @@ def test_texts_that_begin_late(tiny_gpt2: LanguageModel, start: int) -> None:
 @every("tiny_gpt2", "tiny_llama")
 def test_the_best_candidate_comes_first(model: LanguageModel, random_texts: Draw) -> None:
     source = adapter_for(model.network).first_input
-    span = block_0(model, client_update(model, random_texts(3, 3), dtype="bfloat16"))
+    span = block_0(model, client_update(model, random_texts(3, 3), config=ClientConfig(dtype="bfloat16")))
     for place, tokens in enumerate(filter_tokens(source, span).tokens):
-        ratios = span.ratio(first_vectors(source, tokens, torch.full_like(tokens, place)))
+        ratios = span.ratio(source.vectors(tokens, torch.full_like(tokens, place)))
         assert ratios.tolist() == pytest.approx(sorted(ratios.tolist()), rel=1e-3)
+
+
+def without_a_gap(model: LanguageModel, texts: list[str]) -> Span:
+    """Block 0's span of a client whose noise leaves no gap: the screen has to pass nearly every pair."""
+    gradients = client_update(model, texts).gradients
+    generator = torch.Generator().manual_seed(0)
+    noisy = {
+        name: tensor + 3e-2 * tensor.square().mean().sqrt() * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in gradients.items()
+    }
+    span = block_0(model, Update(noisy))
+    assert not span.clear and not span.saturated
+    return span
+
+
+@every("tiny_gpt2", "tiny_bert", "tiny_llama")
+@pytest.mark.parametrize("allowed", [0, 3])
+def test_without_a_gap_the_filter_stops_at_the_deadline(
+    model: LanguageModel, allowed: int, random_texts: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock goes with the exact tests, of which there would be many more."""
+    source, span, asked = adapter_for(model.network).first_input, without_a_gap(model, random_texts(2, 4)), []
+    exactly = Span.ratio
+
+    def ratio(span: Span, vectors: Tensor) -> Tensor:
+        asked.append(len(vectors))
+        return exactly(span, vectors)
+
+    monkeypatch.setattr(Span, "ratio", ratio)
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: len(asked)))
+    with varied(filter_pairs=100):
+        whole = pairs_of(filter_tokens(source, span))
+        positions = 1 if source.positions is None else len(source.positions)
+        assert sum(asked) > 0.9 * positions * len(source.tokens) and len(asked) > allowed + 2
+        asked.clear()
+        found = pairs_of(filter_tokens(source, span, Budget(deadline=allowed - 0.5)))
+    assert len(asked) == allowed
+    assert found < whole and (found or not allowed)
+
+
+@pytest.mark.parametrize("model, size", [("tiny_gpt2", 12), ("tiny_llama", 16)], indirect=["model"])
+def test_where_block_0_is_full_tokens_stand_out_by_their_leverage(
+    model: LanguageModel, size: int, random_texts: Draw
+) -> None:
+    """As many distinct tokens as the model is wide: some of them come back, and hardly any others."""
+    texts = random_texts(size, 5, 8, 8)
+    span = block_0(model, client_update(model, texts, config=ClientConfig(task="next_token")))
+    assert span.blurred
+    found = filter_by_leverage(adapter_for(model.network).first_input, span, Budget())
+    ids = encode(model.tokenizer, texts)
+    anywhere = {(token, 0) for tokens in ids for token in tokens[:-1]}
+    true = anywhere if found.every_position else {(t, i) for tokens in ids for i, t in enumerate(tokens[:-1])}
+    assert {pair for pair in pairs_of(found) if pair[1] == 0} <= true and len(found.at(0)) > 5
+    assert len(pairs_of(found) & true) >= 0.8 * found.count
+    assert not filter_by_leverage(adapter_for(model.network).first_input, span, Budget(deadline=0.0)).count
