@@ -3,7 +3,26 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+
+# One environment in three layers, each installed when a target first needs it.
+RUNTIME    := $(VENV)/.runtime
+EVERYTHING := $(VENV)/.everything
+LAB        := $(VENV)/.lab
+PINNED     := pyproject.toml requirements.txt constraints.txt
+# Bytecode is written when a module is first imported: to compile all of PyTorch takes longer than to install it.
+INSTALL    := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+
+# `make setup TORCH=cpu` takes PyTorch, and nothing else, from PyTorch's own index, which has builds without CUDA.
+TORCH     ?=
+CPU_BUILDS := https://download.pytorch.org/whl/cpu
+ifneq ($(filter-out cpu,$(TORCH)),)
+$(error TORCH is "$(TORCH)": leave it out for the usual PyTorch, or say TORCH=cpu)
+endif
+ifeq ($(shell uname -sm)$(TORCH),Linux x86_64)
+SIZE := several GB where PyTorch comes with its CUDA libraries, once (about 400 MB with TORCH=cpu)
+else
+SIZE := about 400 MB, once
+endif
 
 # What `make bench` measures; for example `make bench MODEL=smollm2-135m BATCH=16`.
 MODEL ?= random:gpt2
@@ -19,16 +38,26 @@ KIND  ?= $(if $(findstring bert,$(MODEL))$(findstring minilm,$(MODEL)),encoder,d
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## Create .venv and install the package into it, from the pinned versions.
+setup: $(EVERYTHING) ## Create .venv and install the package and all tools into it (TORCH=cpu: without CUDA).
 
-$(STAMP): pyproject.toml requirements.txt constraints.txt
+$(RUNTIME): $(PINNED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "make setup: $(PYTHON) is older than 3.11; try: make setup PYTHON=python3.12" >&2; exit 1; }
+		{ echo "make: $(PYTHON) is older than 3.11; try: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "make: to fetch: $(SIZE)"
 	@$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,book]'
+	$(if $(TORCH),$(INSTALL) --extra-index-url $(CPU_BUILDS) torch)
+	$(INSTALL) --editable .
 	@touch $@
 
-demo: setup ## Watch a real language model's gradient give up eight private notes.
+$(EVERYTHING): $(RUNTIME)
+	$(INSTALL) --editable '.[dev,book]'
+	@touch $@
+
+$(LAB): $(RUNTIME)
+	$(INSTALL) --editable '.[lab]'
+	@touch $@
+
+demo: $(RUNTIME) ## Watch a real language model's gradient give up eight private notes.
 	@$(BIN)/dager demo
 
 test: setup ## Run the tests, the examples in the docstrings and every notebook of the book.
@@ -50,11 +79,10 @@ serve: slides ## Show the book at http://localhost:8000.
 refresh: setup ## Execute every notebook again and store what it prints.
 	$(BIN)/python book/_tools/notebooks.py refresh
 
-lab: setup ## Open the book's notebooks in JupyterLab.
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
+lab: $(LAB) ## Open the book's notebooks in JupyterLab.
 	$(BIN)/jupyter lab book/intro.ipynb
 
-bench: setup ## Measure the attack, beside the textbook version, and as batches grow (MODEL, BATCH, DATA, SEED).
+bench: $(RUNTIME) ## Measure the attack, beside the textbook version, and as batches grow (MODEL, BATCH, DATA, SEED).
 ifeq ($(KIND),encoder)
 	$(BIN)/dager bench encoder --model $(MODEL) --batch-size $(BATCH) --data $(DATA) --seed $(SEED) --batches 1 --cap 2000
 else
@@ -62,10 +90,11 @@ else
 	$(BIN)/dager bench scaling --model $(MODEL) --data $(DATA) --seed $(SEED)
 endif
 
-lint: setup ## Check style, formatting and types.
+lint: setup ## Check style, formatting, types, and who imports whom.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: setup ## Rewrite the code in the project's format.
 	$(BIN)/ruff check --fix .
