@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import WORDS
+from helpers import WORDS
 from rich.cells import cell_len
-from rich.console import Console
 
-from dager_tutorial.cli import display
-from dager_tutorial.cli.app import main
+from dager_tutorial.cli import main
+from dager_tutorial.client.batch import truth_of
+from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.status import Status
 from dager_tutorial.update import Update
 
 TEXTS = ["we listen to the old river", "my father never knew her", "snow"]
@@ -28,6 +26,7 @@ RECOVER_KEYS = {
     "sequences",
     "texts",
     "scores",
+    "confirmations",
     "seconds",
     "peak_rss_mb",
     "model",
@@ -70,16 +69,6 @@ def update(folder, tmp_path_factory):
     return str(path)
 
 
-def fail(arguments, capsys):
-    """Run a command line that must fail; return its one line."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    output, error = capsys.readouterr()
-    assert not output
-    assert error.startswith("dager: error: ") and error.count("\n") == 1 and error.endswith("\n")
-    return error
-
-
 def read(path):
     return json.loads(path.read_text("utf-8"))
 
@@ -90,8 +79,11 @@ def test_capture_recover_score_give_what_attack_gives(folder, update, tmp_path, 
     assert main(["score", str(result), "--model", folder, *BATCH, "--json", str(score)]) == 0
     assert main(["attack", "--model", folder, *BATCH, "--json", str(both)]) == 0
     output = capsys.readouterr().out
-    assert all(text in output for text in TEXTS)
+    assert all(output.count(text) >= 3 for text in TEXTS)
+    assert f"texts_complete: {Status.TEXTS_COMPLETE.meaning[:40]}" in output and "advice" not in output
     assert set(read(result)) >= RECOVER_KEYS
+    assert [one["certainty"] for one in read(result)["confirmations"]] == ["whole"] * len(TEXTS)
+    assert all(any(tap.startswith("block ") for tap in one["by"]) for one in read(result)["confirmations"])
     assert set(read(result)["seconds"]) >= {"subspace", "filter", "search", "total"}
     assert set(read(score)) == SCORE_KEYS
     assert set(read(both)) >= RECOVER_KEYS | SCORE_KEYS
@@ -112,7 +104,7 @@ def test_encoders_go_through_the_same_commands(encoder_folder, task, tmp_path, c
     assert main(["recover", str(update), *model, "--json", str(result)]) == 0
     assert main(["score", str(result), *model, *client, "--json", str(score)]) == 0
     assert main(["attack", *model, *client, "--json", str(both)]) == 0
-    assert read(result)["status"] == "exact"
+    assert read(result)["status"] == "texts_complete"
     assert sorted(read(result)["sequences"]) == sorted(read(both)["sequences"])
     assert read(score) == {key: read(both)[key] for key in SCORE_KEYS}
     assert read(score)["exact"] == 1
@@ -140,32 +132,38 @@ def test_inspect_promises_of_an_encoder_what_the_attack_keeps(encoder_folder, tm
         said = read(ranks)["verdict"]
         assert verdict in said and "prefix" not in said
         assert main(["recover", str(out), "--model", encoder_folder, "--json", str(ranks)]) == 0
-        assert (read(ranks)["status"] == "exact") == said.startswith("exposed")
+        assert (read(ranks)["status"] == "texts_complete") == said.startswith("exposed")
 
 
 def test_every_option_of_the_client_reaches_it(folder, tmp_path):
     out, record = tmp_path / "update.safetensors", tmp_path / "record.json"
     name = "model.layers.0.self_attn.v_proj.weight"
-    options = ["--task", "next_token", "--dtype", "bfloat16", "--padding-side", "left", "--max-length", "4"]
-    arguments = [
-        "capture",
-        "--model",
-        folder,
-        *BATCH,
-        *options,
-        "--share",
-        name,
-        "--blocks",
-        "2",
-        "--out",
-        str(out),
-    ]
-    assert main([*arguments, "--json", str(record)]) == 0
+    options = ["--dtype", "bfloat16", "--share", name, "--blocks", "2", "--out", str(out), "--json", str(record)]
+    assert main(["capture", "--model", folder, *BATCH, "--task", "next_token", *options]) == 0
     gradients = Update.load(out).gradients
     assert list(gradients) == [name] and gradients[name].dtype == torch.bfloat16
     written = read(record)
     assert (written["kind"], written["tensors"], written["batch_size"]) == ("gradient", 1, len(TEXTS))
     assert written["numbers"] == gradients[name].numel()
+
+
+@pytest.mark.parametrize(("command", "function"), [("capture", "client_update"), ("attack", "play")])
+def test_the_client_is_told_what_the_user_said(command, function, folder, tmp_path, monkeypatch):
+    told = {}
+
+    def spy(model, texts, labels, *, config):
+        told.update(blocks=model.network.config.num_hidden_layers, texts=texts, labels=labels, config=config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"dager_tutorial.client.step.{function}", spy)
+    options = ["--task", "next_token", "--loss", "frobenius", "--dtype", "float64", "--padding-side", "left"]
+    options += ["--max-length", "4", "--share", "a.weight, b.weight", "--seed", "5", "--blocks", "2"]
+    labels = ["--label", "1", "--label", "2", "--label", "0"]
+    out = ["--out", str(tmp_path / "update")] if command == "capture" else []
+    assert main([command, "--model", folder, *BATCH, *labels, *options, *out]) == 130
+    config = ClientConfig("next_token", "frobenius", "float64", ("a.weight", "b.weight"), "left", 4, 5)
+    assert told == {"blocks": 2, "texts": TEXTS, "labels": [1, 2, 0], "config": config}
+    assert not list(tmp_path.iterdir())
 
 
 def test_texts_of_a_file_are_drawn_by_seed(folder, tmp_path):
@@ -188,14 +186,17 @@ def test_inspect_shows_ranks_and_a_verdict(folder, update, tmp_path, capsys):
     output = capsys.readouterr().out
     distinct_tokens = len({word for text in TEXTS for word in text.split()})
     assert re.search(rf"block 0 query, key, value\s+{distinct_tokens}\s+64\s", output)
-    assert read(tmp_path / "ranks.json")
+    rows = read(tmp_path / "ranks.json")["rows"]
+    assert (rows[0]["name"], rows[0]["rank"]) == ("block 0 query, key, value", distinct_tokens)
 
 
-def test_an_update_without_signal_is_no_mistake(folder, update, tmp_path):
+def test_an_update_without_signal_is_no_mistake(folder, update, tmp_path, capsys):
     zeros, result = tmp_path / "zeros.safetensors", tmp_path / "result.json"
     Update({name: torch.zeros_like(tensor) for name, tensor in Update.load(update).gradients.items()}).save(zeros)
     assert main(["recover", str(zeros), "--model", folder, "--json", str(result)]) == 0
     assert read(result)["status"] == "no_signal" and read(result)["sequences"] == []
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"no_signal: {Status.NO_SIGNAL.meaning}" in shown and f"advice: {Status.NO_SIGNAL.advice}" in shown
     assert main(["score", str(result), "--model", folder, *BATCH]) == 0
 
 
@@ -217,23 +218,6 @@ def test_models_lists_the_zoo_and_exports_a_folder_that_loads(folder, tmp_path, 
     assert "model.layers.1.self_attn.v_proj.weight" not in Update.load(out).gradients
 
 
-def test_bench_hands_on_its_options_and_writes_the_record(folder, tmp_path, capsys, monkeypatch):
-    record = {"textbook_seconds": None, "fast_seconds": 0.25, "ratio": None, "same_sentences": None}
-    calls = []
-
-    def bench_decoder(model, texts, labels, *, textbook=True, progress=None):
-        calls.append((len(texts), len(labels), textbook))
-        return SimpleNamespace(to_json=lambda: record)
-
-    monkeypatch.setitem(sys.modules, "dager_tutorial.evaluation.bench", SimpleNamespace(bench_decoder=bench_decoder))
-    arguments = ["bench", "decoder", "--model", folder, "--data", "notes", "--batch-size", "3"]
-    assert main([*arguments, "--no-textbook", "--json", str(tmp_path / "bench.json")]) == 0
-    assert main(arguments) == 0
-    assert calls == [(3, 3, False), (3, 3, True)]
-    assert read(tmp_path / "bench.json") == record
-    assert "fast seconds" in capsys.readouterr().out
-
-
 def test_demo_fits_80_columns_and_draws_a_picture_without_a_network(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     picture = tmp_path / "demo.svg"
@@ -242,106 +226,54 @@ def test_demo_fits_80_columns_and_draws_a_picture_without_a_network(folder, tmp_
     output, error = capsys.readouterr()
     assert not error
     assert max(cell_len(line) for line in output.splitlines()) <= 80
-    for step in ("received", "recovered", "scores", "time", "biopsy", "q_proj", "exact"):
+    for step in ("received", "recovered", "scores", "time", "biopsy", "q_proj", "texts_complete"):
         assert step in output
     assert set(read(tmp_path / "demo.json")) >= RECOVER_KEYS | SCORE_KEYS
     assert "url(http" not in picture.read_text("utf-8")
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
 
 
-MISTAKES = {
-    "no such file": ["recover", "missing.safetensors", "--model", "MODEL"],
-    "missing option": ["recover", "UPDATE"],
-    "no such option": ["recover", "UPDATE", "--model", "MODEL", "--batch-size", "4"],
-    "no such command": ["recuperate"],
-    "unknown model": ["recover", "UPDATE", "--model", "gpt7"],
-    "absent": ["recover", "UPDATE", "--model", "MODEL", "--json", "absent/result.json"],
-    "is a folder": ["recover", "UPDATE", "--model", "MODEL", "--json", "."],
-    "absent/update": ["capture", "--model", "MODEL", "--text", "a", "--out", "absent/update.safetensors"],
-    "--data": ["attack", "--model", "MODEL"],
-    "either with --data": ["attack", "--model", "MODEL", "--data", "notes", "--text", "a"],
-    "--label belongs to --text": ["attack", "--model", "MODEL", "--data", "notes", "--label", "1"],
-    "--batch-size draws from --data": ["attack", "--model", "MODEL", "--text", "a", "--batch-size", "1"],
-    "batch size 999": ["attack", "--model", "MODEL", "--data", "notes", "--batch-size", "999"],
-    "--batch-size": ["bench", "decoder", "--model", "MODEL", "--data", "notes", "--batch-size", "0"],
-    "use task 'masked'": ["attack", "--model", "ENCODER", "--text", "a", "--task", "next_token"],
-    "bidirectional model": ["attack", "--model", "MODEL", "--text", "a", "--task", "masked"],
-    "dager bench encoder": ["bench", "scaling", "--model", "ENCODER", "--data", "notes"],
-    "dager bench accuracy": ["bench", "encoder", "--model", "MODEL", "--data", "notes", "--batch-size", "1"],
-    "no polish": ["bench", "encoder", "--model", "ENCODER", "--data", "notes", "--batch-size", "1", "--variant", "x"],
-    "--task": ["attack", "--model", "MODEL", "--text", "a", "--task", "translation"],
-    "--device": ["recover", "UPDATE", "--model", "MODEL", "--device", "abacus"],
-    "texts.tsv": ["attack", "--model", "MODEL", "--data", "texts.tsv"],
-    "no result of dager recover": ["score", "UPDATE.json", "--model", "MODEL", "--text", "a"],
-    "result.json": ["score", "result.json", "--model", "MODEL", "--text", "a"],
-    "wte": ["attack", "--model", "MODEL", "--text", "a", "--share", "wte.weight"],
-}
+def result_of(path, model, batch, **change):
+    """A result that found these texts, written as `dager recover --json` does."""
+    sequences = [list(ids) for ids in truth_of(model, batch).sequences]
+    decoded = [model.text_of(ids) for ids in sequences]
+    record = {"status": "partial", "sequences": sequences, "texts": decoded, "scores": [1.0] * len(batch)}
+    path.write_text(json.dumps(record | change))
+    return str(path)
 
 
-@pytest.mark.parametrize(("message", "arguments"), MISTAKES.items(), ids=MISTAKES)
-def test_a_mistake_is_one_line(message, arguments, folder, encoder_folder, update, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "UPDATE.json").write_text('{"status": "splendid"}')
-    names = {"MODEL": folder, "ENCODER": encoder_folder, "UPDATE": update}
-    line = fail([names.get(argument, argument) for argument in arguments], capsys)
-    assert message.lower() in line.lower()
-    assert [path.name for path in tmp_path.iterdir()] == ["UPDATE.json"]
+@pytest.mark.parametrize("confirmations", [None, [], [{"certainty": "whole", "by": ["block 1 MLP"]}] * 2])
+def test_texts_that_the_tokenizer_lower_cases_are_marked_as_exact(confirmations, folder, tiny_llama, tmp_path, capsys):
+    change = {} if confirmations is None else {"confirmations": confirmations}
+    result = result_of(tmp_path / "result.json", tiny_llama, ["snow river", "we listen"], **change)
+    batch = ["--text", "Snow  RIVER", "--text", "We listen", "--text", "my father"]
+    assert main(["score", result, "--model", folder, *batch, "--json", str(tmp_path / "score.json")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["✓", "snow", "river", "Snow", "RIVER"] in lines and ["✓", "we", "listen", "We", "listen"] in lines
+    assert ["✗", "nothing", "my", "father"] in lines
+    assert read(tmp_path / "score.json")["exact"] == pytest.approx(2 / 3)
 
 
-def test_an_output_that_cannot_be_written_is_found_before_the_work(update, capsys, monkeypatch):
-    monkeypatch.setattr("dager_tutorial.zoo.names.load_model", lambda *_, **__: pytest.fail("worked in vain"))
-    for option in ("--json", "--svg"):
-        assert "absent" in fail(["demo", option, "absent/file"], capsys)
-    assert "absent" in fail(["inspect", update, "--model", "any", "--json", "absent/file"], capsys)
-
-
-RESULT = {"status": "exact", "sequences": [[4, 5]], "texts": ["a about"], "scores": [1.0]}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"status": "splendid"},
-        {"sequences": [[4], [5]]},
-        {"sequences": 4},
-        {"sequences": [["four"]]},
-        {"scores": ["good"]},
-        {"texts": None},
-    ],
-    ids=str,
-)
-def test_a_broken_result_is_refused(change, folder, tmp_path, capsys):
-    path = tmp_path / "result.json"
-    path.write_text(json.dumps(RESULT | {"scores": [None]}))
-    assert main(["score", str(path), "--model", folder, "--text", "a about"]) == 0
-    path.write_text(json.dumps(RESULT | change))
-    assert "result.json" in fail(["score", str(path), "--model", folder, "--text", "a about"], capsys)
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"[" * 100_000, b"\xff\xfe\x00", b"1e999"])
-def test_a_file_that_is_no_result_is_refused(content, folder, tmp_path, capsys):
-    path = tmp_path / "result.json"
-    path.write_bytes(content)
-    assert "result.json" in fail(["score", str(path), "--model", folder, "--text", "a"], capsys)
-
-
-def test_an_interrupt_ends_without_a_traceback(folder, capsys, monkeypatch):
+@pytest.mark.parametrize("where", ["client.step.play", "server.attack.attack", "evaluation.metrics.score"])
+def test_an_interrupt_ends_without_a_traceback_and_keeps_the_older_result(where, folder, tmp_path, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dager_tutorial.client.step.client_update", interrupt)
-    assert main(["attack", "--model", folder, *BATCH]) == 130
-    assert capsys.readouterr().err == "dager: stopped\n"
-
-
-def test_a_text_cannot_take_over_the_terminal(folder, tmp_path, capsys):
-    hostile = "snow \x1b[2J\x1b]0;title\x07 [bold red]and[/] more [/nothing]\nsnow\u202eriver"
+    monkeypatch.setattr(f"dager_tutorial.{where}", interrupt)
     result = tmp_path / "result.json"
-    result.write_text(json.dumps({"status": "partial", "sequences": [[4]], "texts": [hostile], "scores": [1.0]}))
-    assert main(["score", str(result), "--model", folder, "--text", hostile]) == 0
+    result.write_text("old")
+    assert main(["attack", "--model", folder, *BATCH, "--json", str(result)]) == 130
+    assert capsys.readouterr() == ("", "dager: stopped\n")
+    assert [entry.read_text() for entry in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_text_cannot_take_over_the_terminal(folder, tiny_llama, tmp_path, capsys):
+    hostile = "snow \x1b[2J\x1b]0;title\x07 [bold red]and[/] more [/nothing]\nsnow\u202eriver"
+    result = result_of(tmp_path / "result.json", tiny_llama, ["snow"], texts=[hostile])
+    assert main(["score", result, "--model", folder, "--text", hostile]) == 0
     output = capsys.readouterr().out
     assert not {"\x1b", "\x07", "\u202e"} & set(output)
-    assert "[bold" in output
+    assert output.count("[bold") == 2
 
 
 def test_the_attack_is_handed_the_update_and_nothing_of_the_truth(folder, monkeypatch):
@@ -357,31 +289,3 @@ def test_the_attack_is_handed_the_update_and_nothing_of_the_truth(folder, monkey
     assert main(["attack", "--model", folder, *BATCH]) == 0
     assert set(handed) <= {"positional", "config", "progress"} and len(handed["positional"]) == 2
     assert not any(text in repr((handed["positional"][1], handed["config"])) for text in TEXTS)
-
-
-def test_progress_is_shown_only_where_somebody_watches():
-    with display.progress(Console(force_terminal=False)) as advance:
-        assert advance is None
-    watched = Console(force_terminal=True, record=True, width=80)
-    with display.progress(watched) as advance:
-        advance("filter", 0, None)
-        advance("filter", 3, 4)
-        advance("search", 1, 2)
-
-
-def test_help_loads_no_torch_and_the_four_calls_keep_their_names():
-    script = """
-import sys
-import dager_tutorial
-from dager_tutorial.cli.app import main
-assert main(["recover", "--help"]) == 0 and main([]) == 0 and main(["--version"]) == 0
-assert not {"torch", "transformers"} & set(sys.modules)
-import dager_tutorial.server.attack
-from dager_tutorial import attack
-from dager_tutorial import client_update
-from dager_tutorial import load_model
-from dager_tutorial import score
-assert all(callable(call) for call in (attack, client_update, load_model, score, dager_tutorial.attack))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

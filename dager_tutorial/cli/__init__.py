@@ -1,4 +1,4 @@
-"""The command line `dager`."""
+"""The command line `dager`. Help, and mistakes in options, come without torch and transformers being loaded."""
 
 from dager_tutorial.cli.app import main
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import ctypes
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console, RenderableType
+from typer import Option
 
-from dager_tutorial.cli import display
-from dager_tutorial.server.attack import attack
-from dager_tutorial.client.step import client_update
-from dager_tutorial.data import load_texts
-from dager_tutorial.server.evidence import inspect_update
-from dager_tutorial.evaluation.metrics import score
-from dager_tutorial.update import Update
+from dager_tutorial.cli import display, output
+from dager_tutorial.cli.options import ModelOptions, OutputOptions, Seed, flattened
+from dager_tutorial.cli.progress import progress, waiting
 
 if TYPE_CHECKING:
+    from dager_tutorial.client.batch import Truth
+    from dager_tutorial.evaluation.metrics import Score
     from dager_tutorial.models.language_model import LanguageModel
+    from dager_tutorial.reconstruction import Reconstruction
+    from dager_tutorial.update import Update
 
 OPENING = (
     "A client trains {model} for one step on {size} private notes. It keeps the notes, their labels and "
@@ -30,8 +32,26 @@ CLOSING = (
     "prefixes than the {width} dimensions of the model only make it harder. Keeping the embedding gradient, "
     "head and labels secret does not help."
 )
+SHOWN_MODEL = ModelOptions("smollm2-135m")
 SHOWN_TENSORS = 8  # the attention maps of two blocks: enough to see what a gradient looks like
-WATCHING = Console(stderr=True)
+
+
+@flattened
+def demo(
+    *,
+    model: ModelOptions = SHOWN_MODEL,
+    batch_size: Annotated[int, Option("--batch-size", min=1, max=60, help="Number of private notes.")] = 8,
+    svg: Annotated[
+        Path | None, Option("--svg", callback=output.writable, help="Save what is shown as a picture.")
+    ] = None,
+    seed: Seed = 0,
+    results: OutputOptions,
+) -> None:
+    """Watch a real language model's gradient give up private notes."""
+    console = Console(record=svg is not None, highlight=False)
+    results.finish(run_demo(console, model.load(), batch_size, seed))
+    if svg is not None:
+        output.write_svg(svg, console, "dager demo")
 
 
 def run_demo(console: Console, model: LanguageModel, batch_size: int, seed: int) -> dict[str, Any]:
@@ -46,28 +66,35 @@ def run_demo(console: Console, model: LanguageModel, batch_size: int, seed: int)
     Returns:
         What `dager attack` writes as JSON.
     """
-    notes = load_texts("notes")[:batch_size]
-    texts = [note.text for note in notes]
+    from dager_tutorial.evaluation.metrics import score
+    from dager_tutorial.server.attack import attack
+
     console.print(
-        display.opening("DAGER: what a gradient gives away", OPENING.format(model=model.name, size=len(texts)))
+        display.opening("DAGER: what a gradient gives away", OPENING.format(model=model.name, size=batch_size))
     )
+    update, truth, captured = _captured(model, batch_size, seed)
+    _show_received(console, model, update)
+    with progress() as advance:
+        found = attack(model, update, progress=advance)
+    points = score(found, truth)
+    _show_recovered(console, found, points, captured)
+    return found.to_json() | points.to_json()
+
+
+def _captured(model: LanguageModel, batch_size: int, seed: int) -> tuple[Update, Truth, float]:
+    """The client's part: its update, the truth for the score, and the seconds that it took."""
+    from dager_tutorial.client.config import ClientConfig
+    from dager_tutorial.client.step import play
+    from dager_tutorial.data import load_texts
+
+    notes = load_texts("notes")[:batch_size]
+    texts, labels = [note.text for note in notes], [note.label for note in notes]
     start = time.perf_counter()
-    with display.waiting(WATCHING, "the client computes its update"):
-        update = client_update(model, texts, [note.label for note in notes], share="attention", seed=seed)
+    with waiting("the client computes its update"):
+        update, truth = play(model, texts, labels, config=ClientConfig(share="attention", seed=seed))
     captured = time.perf_counter() - start
     _return_memory()
-    _show_received(console, model, update)
-    with display.progress(WATCHING) as advance:
-        found = attack(model, update, progress=advance)
-    points = score(found, texts, model)
-    _show(console, "2  What the server recovered", display.status_line(found))
-    console.print(display.beside_table(points.pairs, points.exact == 1))
-    times = {"client's update": captured} | {stage: found.seconds[stage] for stage in display.STAGES}
-    _show(console, "3  The scores", display.scores_table(points.to_json()))
-    _show(console, "4  Where the time went", display.times_table(times))
-    console.print()
-    console.print(CLOSING.format(width=points.hidden_size), style="italic")
-    return found.to_json() | points.to_json()
+    return update, truth, captured
 
 
 def _return_memory() -> None:
@@ -78,12 +105,26 @@ def _return_memory() -> None:
 
 def _show_received(console: Console, model: LanguageModel, update: Update) -> None:
     """Print names, shapes and ranks of the first tensors, and how many more there are."""
+    from dager_tutorial.server.inspection import inspect_update
+    from dager_tutorial.update import Update
+
     first = dict(list(update.gradients.items())[:SHOWN_TENSORS])
     shapes = {name: tuple(tensor.shape) for name, tensor in update.gradients.items()}
     numbers = sum(tensor.numel() for tensor in update.gradients.values())
     note = f"{len(shapes)} tensors, {numbers / 1e6:.1f} million numbers, not one word"
     _show(console, "1  What the server received", display.tensors_table(shapes, len(first) // 2), note)
     console.print(display.ranks_table(inspect_update(model, Update(first)).rows))
+
+
+def _show_recovered(console: Console, found: Reconstruction, points: Score, captured: float) -> None:
+    """Print texts, scores and times, and what stops the attack."""
+    _show(console, "2  What the server recovered", display.status_lines(found))
+    console.print(display.beside_table(points.pairs))
+    _show(console, "3  The scores", display.scores_table(points.to_json()))
+    times = {"client's update": captured} | {stage: found.seconds[stage] for stage in display.STAGES}
+    _show(console, "4  Where the time went", display.times_table(times))
+    console.print()
+    console.print(CLOSING.format(width=points.hidden_size), style="italic")
 
 
 def _show(console: Console, title: str, part: RenderableType, note: str = "") -> None:

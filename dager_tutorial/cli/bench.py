@@ -1,0 +1,176 @@
+"""The commands that measure how well and how fast the attack does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from typer import Option
+
+from dager_tutorial.cli import display
+from dager_tutorial.cli.options import (
+    ClientOptions,
+    ModelOptions,
+    OutputOptions,
+    Seed,
+    SeriesOptions,
+    drawn,
+    flattened,
+)
+from dager_tutorial.cli.progress import progress
+
+if TYPE_CHECKING:
+    from dager_tutorial.evaluation.ablation import EncoderBenchmark
+    from dager_tutorial.evaluation.accuracy import AccuracyRun
+
+SCALING = (1, 2, 4, 8, 16, 32)  # batch sizes of `bench scaling` where none is given
+VARIANTS = ("full", "no incidence", "no relaxation", "no polish", "textbook")  # of `bench encoder`
+CLIENT = ClientOptions(share="attention")  # of `bench accuracy`
+
+OneSource = Annotated[str, Option("--data", help="Texts by name, or a TSV file.")]
+
+app = typer.Typer(help="Measure how well and how fast the attack does.", no_args_is_help=True)
+
+
+@app.command()
+@flattened
+def decoder(
+    *,
+    model: ModelOptions,
+    data: OneSource,
+    batch_size: Annotated[int, Option("--batch-size", min=1, help="Number of texts.")] = 4,
+    textbook: Annotated[bool, Option(help="Run the slow textbook version too.")] = True,
+    seed: Seed = 0,
+    results: OutputOptions,
+) -> None:
+    """Time the attack on a causal model and the textbook version on the same update."""
+    texts, labels = drawn(data, batch_size, seed)
+    language_model = model.load()
+    from dager_tutorial.evaluation.bench import bench_decoder
+
+    with progress() as advance:
+        record = bench_decoder(language_model, texts, labels, textbook=textbook, progress=advance).to_json()
+    results.finish(record, display.facts(record))
+
+
+@app.command()
+@flattened
+def scaling(
+    *,
+    model: ModelOptions,
+    data: OneSource,
+    batch_size: Annotated[
+        list[int] | None,
+        Option("--batch-size", min=1, help="Number of texts; repeat it. 1, 2, 4, ... 32 by default."),
+    ] = None,
+    seed: Seed = 0,
+    results: OutputOptions,
+) -> None:
+    """Time the attack on a causal model on growing batches."""
+    batches = [drawn(data, size, seed) for size in batch_size or SCALING]
+    language_model = model.load()
+    from dager_tutorial.evaluation.bench import bench_scaling
+
+    with progress() as advance:
+        runs = [run.to_json() for run in bench_scaling(language_model, batches, progress=advance)]
+    results.finish({"model": model.model, "runs": runs}, _scaling_table(runs))
+
+
+@app.command()
+@flattened
+def accuracy(
+    *,
+    model: ModelOptions,
+    series: SeriesOptions,
+    client: ClientOptions = CLIENT,
+    seed: Seed = 0,
+    results: OutputOptions,
+) -> None:
+    """Attack many batches, of a model of either kind, and count what comes back exactly."""
+    batches = series.draw(seed)
+    config, language_model = client.config(seed=0), model.load()  # one head for all batches, whatever drew them
+    from dager_tutorial.evaluation.accuracy import bench_accuracy
+
+    runs = []
+    with progress() as advance:
+        for run in bench_accuracy(language_model, batches, config=config, progress=advance):
+            runs.append(run.to_json())
+            typer.echo(_line(run))
+    results.finish({"model": model.model, **vars(client), "runs": runs})
+
+
+@app.command()
+@flattened
+def encoder(
+    *,
+    model: ModelOptions,
+    series: SeriesOptions,
+    variant: Annotated[
+        list[str] | None, Option("--variant", help=f"{', '.join(VARIANTS)}; repeat it. All by default.")
+    ] = None,
+    cap: Annotated[
+        int, Option("--cap", min=1, help="Texts of each length that the textbook version tests at most.")
+    ] = 20_000,
+    time_budget: Annotated[
+        float | None,
+        Option("--time-budget", min=0.0, help="Seconds after which a search stops, the textbook's excepted."),
+    ] = None,
+    seed: Seed = 0,
+    results: OutputOptions,
+) -> None:
+    """Attack encoders with and without each part of the search, and as the paper does."""
+    batches = series.draw(seed)
+    language_model = model.load()
+    from dager_tutorial.evaluation.ablation import bench_encoder
+
+    runs = []
+    limits: dict[str, Any] = {"cap": cap, "time_budget": time_budget}
+    with progress() as advance:
+        for one in bench_encoder(language_model, batches, variants=variant or VARIANTS, progress=advance, **limits):
+            runs.append(one)
+            typer.echo(f"{_line(one.run)}  {one.variant}")
+    record = {"model": model.model, **limits, "runs": [run.to_json() for run in runs]}
+    results.finish(record, _variants_table(runs))
+
+
+@app.command()
+@flattened
+def sensitivity(*, results: OutputOptions) -> None:
+    """Attack with each of the attack's constants halved and doubled, and count what changes."""
+    from dager_tutorial.evaluation.sensitivity import bench_sensitivity
+
+    with progress() as advance:
+        runs = [run.to_json() for run in bench_sensitivity(progress=advance)]
+    results.finish({"runs": runs}, display.records_table(runs))
+
+
+def _line(run: AccuracyRun) -> str:
+    """One batch of a benchmark in one line."""
+    parts = (run.data, f"B={run.batch_size}", f"seed={run.seed}", f"rows={run.rows}", f"exact={run.exact:.3f}")
+    return "  ".join((*parts, f"false={run.false}", f"R1={run.rouge1:.3f}", run.status, f"{run.seconds:.1f} s"))
+
+
+def _scaling_table(runs: list[dict[str, Any]]) -> Table:
+    """One row a batch: its size, the attack's seconds by stage, and what came of it."""
+    titles = ("texts", "tokens", "prefixes", *display.STAGES, "seconds", "exact %", "status")
+    table = display.headed(*titles, left=["status"], collapse_padding=True)
+    for run in runs:
+        sizes = (str(run[name]) for name in ("batch_size", "n_tokens", "distinct_prefixes"))
+        stages = (run["fast_stage_seconds"].get(stage, 0.0) for stage in display.STAGES)
+        seconds = (f"{duration:.2f}" for duration in (*stages, run["fast_seconds"]))
+        table.add_row(*sizes, *seconds, f"{100 * run['exact']:.1f}", run["status"])
+    return table
+
+
+def _variants_table(runs: list[EncoderBenchmark]) -> Table:
+    """One row for each variant on batches of one size from one source: means over the batches."""
+    from dager_tutorial.evaluation.ablation import averages
+
+    titles = ("data", "texts", "variant", "ROUGE-1 %", "exact %", "false", "seconds")
+    table = display.headed(*titles, left=("data", "variant"), collapse_padding=True)
+    for row in averages(runs):
+        shares = (f"{100 * share:.1f}" for share in (row.rouge1, row.exact))
+        name = display.printable(row.data)
+        table.add_row(name, str(row.batch_size), row.variant, *shares, str(row.false), f"{row.seconds:.2f}")
+    return table

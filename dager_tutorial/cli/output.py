@@ -1,0 +1,168 @@
+"""Files that commands write and read: an output is checked before any work, and replaced only when all is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+import re
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+
+from dager_tutorial.errors import DagerError, quote
+
+if TYPE_CHECKING:
+    from dager_tutorial.reconstruction import Reconstruction
+    from dager_tutorial.status import Confirmation, Status
+
+
+def writable(path: Path | None) -> Path | None:
+    """Refuse an output that cannot be written, before any work is done for it: the callback of its option.
+
+    Args:
+        path: What the user named, or None.
+
+    Returns:
+        The file to write: the path itself, or what a symbolic link points to.
+
+    Raises:
+        DagerError: It is a folder, a device, a pipe or a socket, its folder does not exist, or it may not be written.
+    """
+    if path is None:
+        return None
+    try:
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+        there, folder = _mode(target), _mode(target.parent)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise DagerError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    if there is not None and stat.S_ISDIR(there):
+        raise DagerError(f"{path}: is a folder; name a file in it")
+    if there is not None and not stat.S_ISREG(there):
+        raise DagerError(f"{path}: is no regular file but a device, a pipe or a socket; choose another place")
+    if folder is None:
+        raise DagerError(f"{path}: the folder {target.parent} does not exist; create it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK) or (there is not None and not os.access(target, os.W_OK)):
+        raise DagerError(f"{path}: may not be written; choose another place")
+    return target
+
+
+def _mode(path: Path) -> int | None:
+    """What kind of thing is there, as `stat` tells it; None for nothing."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record as JSON, one key a line.
+
+    Args:
+        path: The file.
+        record: JSON types only.
+
+    Raises:
+        DagerError: The file cannot be written.
+    """
+    lines = (f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items())
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def write_svg(path: Path, console: Console, title: str) -> None:
+    """Write what a recording console showed as a picture that needs no network (no web fonts).
+
+    Args:
+        path: The SVG file.
+        console: A console made with `record=True`.
+        title: The title of the drawn window.
+
+    Raises:
+        DagerError: The file cannot be written.
+    """
+    write_text(path, re.sub(r"@font-face\s*\{.*?\}\s*", "", console.export_svg(title=title), flags=re.DOTALL))
+
+
+def write_text(path: Path, text: str) -> None:
+    r"""Write a text as UTF-8. An older file of that name is replaced only when all is written.
+
+    Args:
+        path: The file.
+        text: Its content. Halves of surrogate pairs, as in names of files that are no UTF-8, are written as `\udcff`,
+            which is JSON for them.
+
+    Raises:
+        DagerError: The file cannot be written.
+    """
+    partial = path.with_name(f".{os.getpid()}.partial")
+    try:
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
+        partial.replace(path)
+    except OSError as error:
+        raise DagerError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def show(*parts: RenderableType) -> None:
+    """Print what people read.
+
+    Args:
+        parts: One below the other.
+    """
+    console = Console(highlight=False)
+    for part in parts:
+        console.print(part)
+
+
+def read_result(path: Path) -> Reconstruction:
+    """Read what `dager recover --json` wrote; confirmations may be missing.
+
+    Args:
+        path: The JSON file.
+
+    Raises:
+        DagerError: The file cannot be read, or is no such result.
+    """
+    try:
+        return _reconstruction(json.loads(path.read_text(encoding="utf-8")))
+    except DagerError as error:
+        raise DagerError(f"{path}: {error}") from None
+    except OSError as error:
+        raise DagerError(f"{path}: cannot be read ({error.strerror}); give what dager recover --json wrote") from error
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise DagerError(f"{path}: is no result of dager recover --json ({error!r}); write it again") from error
+
+
+def _reconstruction(record: Any) -> Reconstruction:
+    """The record of a result; anything that is not as it should be raises."""
+    from dager_tutorial.reconstruction import Reconstruction
+
+    return Reconstruction(
+        sequences=tuple(tuple(map(operator.index, sequence)) for sequence in record["sequences"]),
+        texts=tuple(str(text) for text in record["texts"]),
+        scores=tuple(math.nan if ratio is None else float(ratio) for ratio in record["scores"]),
+        status=_status(record["status"]),
+        confirmations=tuple(map(_confirmation, record.get("confirmations", ()))),
+    )
+
+
+def _status(name: Any) -> Status:
+    """The status of a name."""
+    from dager_tutorial.status import Status
+
+    known = {status.value: status for status in Status}
+    if name not in known:
+        reason = f"its status {quote(name)} is unknown (known: {', '.join(known)})"
+        raise DagerError(f"{reason}; run dager recover --json again")
+    return known[name]
+
+
+def _confirmation(record: Any) -> Confirmation:
+    """How much of a text is confirmed. By which taps is for people to read: names alone make no taps."""
+    from dager_tutorial.status import Certainty, Confirmation
+
+    return Confirmation(Certainty(record["certainty"]))

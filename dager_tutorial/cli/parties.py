@@ -1,0 +1,156 @@
+"""The commands that play the parties of federated learning: client, server, and whoever knows what both know.
+
+Commands of the server's side (`recover`, `inspect`) read an update file and a model, never a batch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from rich.console import RenderableType
+from typer import Argument, Option
+
+from dager_tutorial.cli import display, output
+from dager_tutorial.cli.options import (
+    BatchOptions,
+    ClientOptions,
+    Labels,
+    ModelOptions,
+    OutputOptions,
+    Seed,
+    TimeBudget,
+    TruthOptions,
+    flattened,
+)
+from dager_tutorial.cli.progress import progress, waiting
+
+if TYPE_CHECKING:
+    from dager_tutorial.evaluation.metrics import Score
+    from dager_tutorial.models.language_model import LanguageModel
+    from dager_tutorial.reconstruction import Reconstruction
+    from dager_tutorial.server.budget import AttackConfig
+    from dager_tutorial.update import Update
+
+UpdateFile = Annotated[Path, Argument(metavar="UPDATE", help="A safetensors file of named gradients.")]
+COMPUTING = "computing the client's update"
+
+
+@flattened
+def capture(
+    *,
+    model: ModelOptions,
+    out: Annotated[Path, Option("--out", "-o", callback=output.writable, help="The safetensors file to write.")],
+    batch: BatchOptions,
+    label: Labels = None,
+    client: ClientOptions,
+    seed: Seed = 0,
+    results: OutputOptions,
+) -> None:
+    """Play the client: compute the update of a private batch and write it as safetensors."""
+    texts, labels = batch.draw(seed, label)
+    config, language_model = client.config(seed), model.load()
+    from dager_tutorial.client.step import client_update
+
+    with waiting(COMPUTING):
+        update = client_update(language_model, texts, labels, config=config)
+    update.save(out)
+    numbers = sum(tensor.numel() for tensor in update.gradients.values())
+    record = {"update": str(out), "model": model.model, "kind": update.kind, "tensors": len(update.gradients)}
+    record |= {"numbers": numbers, "batch_size": len(texts)}
+    results.finish(record, display.facts(record))
+
+
+@flattened
+def recover(
+    *,
+    update: UpdateFile,
+    model: ModelOptions,
+    time_budget: TimeBudget = None,
+    seed: Seed = 0,
+    results: OutputOptions,
+) -> None:
+    """Play the server: recover the batch from an update file and the model, and from nothing else."""
+    from dager_tutorial.update import Update
+
+    limits, loaded = _limits(seed, time_budget), Update.load(update)
+    found = _attacked(model.load(), loaded, limits)
+    table = display.recovered_table(found) if found.sequences else "nothing was recovered"
+    results.finish(found.to_json(), display.status_lines(found), table, display.times_table(found.seconds))
+
+
+@flattened
+def score(
+    *,
+    result: Annotated[Path, Argument(metavar="RESULT", help="What `dager recover --json` wrote.")],
+    model: ModelOptions,
+    batch: BatchOptions,
+    client: TruthOptions,
+    seed: Seed = 0,
+    results: OutputOptions,
+) -> None:
+    """Compare what `dager recover` found with the true batch, given or drawn as for `dager capture`."""
+    found = output.read_result(result)
+    texts, labels = batch.draw(seed)
+    config, language_model = client.config(seed), model.load()
+    from dager_tutorial.client.batch import truth_of
+    from dager_tutorial.evaluation import metrics
+
+    points = metrics.score(found, truth_of(language_model, texts, labels, config=config))
+    results.finish(points.to_json(), *_compared(points))
+
+
+@flattened
+def attack(
+    *,
+    model: ModelOptions,
+    batch: BatchOptions,
+    label: Labels = None,
+    client: ClientOptions,
+    time_budget: TimeBudget = None,
+    seed: Seed = 0,
+    results: OutputOptions,
+) -> None:
+    """Capture, recover and score in one go: how much would this batch give away?"""
+    texts, labels = batch.draw(seed, label)
+    config, limits, language_model = client.config(seed), _limits(seed, time_budget), model.load()
+    from dager_tutorial.client.step import play
+    from dager_tutorial.evaluation import metrics
+
+    with waiting(COMPUTING):
+        update, truth = play(language_model, texts, labels, config=config)
+    found = _attacked(language_model, update, limits)
+    points = metrics.score(found, truth)
+    shown = (display.status_lines(found), *_compared(points), display.times_table(found.seconds))
+    results.finish(found.to_json() | points.to_json(), *shown)
+
+
+@flattened
+def inspect(*, update: UpdateFile, model: ModelOptions, seed: Seed = 0, results: OutputOptions) -> None:
+    """Show an update's ranks, noise floors and what can be expected of an attack."""
+    from dager_tutorial.server.inspection import inspect_update
+    from dager_tutorial.update import Update
+
+    loaded = Update.load(update)
+    inspection = inspect_update(model.load(), loaded)
+    about = display.facts({"update": update, "kind": loaded.kind, "tensors": len(loaded.gradients)})
+    results.finish(inspection.to_json(), about, display.ranks_table(inspection.rows), inspection.verdict)
+
+
+def _limits(seed: int, time_budget: float | None) -> AttackConfig:
+    """What the attack may cost."""
+    from dager_tutorial.server.budget import AttackConfig
+
+    return AttackConfig(seed=seed, time_budget=time_budget)
+
+
+def _attacked(model: LanguageModel, update: Update, limits: AttackConfig) -> Reconstruction:
+    """Recover the batch from the update, with a progress bar where somebody watches."""
+    from dager_tutorial.server.attack import attack
+
+    with progress() as advance:
+        return attack(model, update, config=limits, progress=advance)
+
+
+def _compared(points: Score) -> tuple[RenderableType, ...]:
+    return display.beside_table(points.pairs), display.scores_table(points.to_json())
