@@ -192,7 +192,7 @@ def _places(where: Incidence) -> tuple[Tensor, Tensor]:
 
 
 def _cosines(tokens: Tensor, heads: int) -> Tensor:
-    """Cosines of the tokens' query gradients and of their value gradients (2 x tokens x tokens), averaged over heads."""
+    """Cosines of the tokens' query and of their value gradients (2 x tokens x tokens), averaged over heads."""
     rows = tokens.unflatten(1, (3, heads // 3, -1))[:, [0, 2]]
     rows = rows / rows.norm(dim=3, keepdim=True).clamp(min=1e-300)
     return torch.einsum("achw,bchw->cab", rows, rows) / rows.shape[2]
