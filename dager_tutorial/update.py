@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from dager_tutorial.errors import UpdateError, quote
+from dager_tutorial.errors import DagerError, UpdateError, quote
+from dager_tutorial.files import replacing
 
 KINDS = ("gradient", "delta")
 """What an update's tensors can be: gradients of the loss, or new weights minus old weights."""
@@ -74,19 +75,17 @@ class Update:
             path: The file to write. Its folder must exist.
 
         Raises:
-            UpdateError: The file cannot be written there.
+            UpdateError: The file cannot be written there: it is a folder or a device, the disk is full, ...
         """
-        path = Path(path)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
-            save_file(_unshared(self.gradients), partial, metadata=self._metadata())
-            partial.replace(path)
+            with replacing(Path(path)) as partial:
+                save_file(_unshared(self.gradients), partial, metadata=self._metadata())
+        except DagerError as error:
+            raise UpdateError(str(error)) from error
         except (OSError, SafetensorError) as error:
             raise UpdateError(
                 f"{quote(path)} cannot be written ({quote(error)}): name a file in an existing folder with room for it"
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _metadata(self) -> dict[str, str]:
         """The public fields as the strings that a safetensors header holds."""

@@ -1,18 +1,17 @@
-"""Files that commands write and read: an output is checked before any work, and replaced only when all is written."""
+"""Files that commands write and read."""
 
 from __future__ import annotations
 
 import json
 import math
 import operator
-import os
 import re
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 
+from dager_tutorial import files
 from dager_tutorial.errors import DagerError, quote
 
 if TYPE_CHECKING:
@@ -21,41 +20,15 @@ if TYPE_CHECKING:
 
 
 def writable(path: Path | None) -> Path | None:
-    """Refuse an output that cannot be written, before any work is done for it: the callback of its option.
+    """The callback of an output's option: refuses what cannot be written before any work is done for it.
 
     Args:
         path: What the user named, or None.
 
-    Returns:
-        The file to write: the path itself, or what a symbolic link points to.
-
     Raises:
-        DagerError: It is a folder, a device, a pipe or a socket, its folder does not exist, or it may not be written.
+        DagerError: See `files.writable`.
     """
-    if path is None:
-        return None
-    try:
-        target = Path(os.path.realpath(path)) if path.is_symlink() else path
-        there, folder = _mode(target), _mode(target.parent)
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise DagerError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    if there is not None and stat.S_ISDIR(there):
-        raise DagerError(f"{path}: is a folder; name a file in it")
-    if there is not None and not stat.S_ISREG(there):
-        raise DagerError(f"{path}: is no regular file but a device, a pipe or a socket; choose another place")
-    if folder is None:
-        raise DagerError(f"{path}: the folder {target.parent} does not exist; create it first")
-    if not os.access(target.parent, os.W_OK | os.X_OK) or (there is not None and not os.access(target, os.W_OK)):
-        raise DagerError(f"{path}: may not be written; choose another place")
-    return target
-
-
-def _mode(path: Path) -> int | None:
-    """What kind of thing is there, as `stat` tells it; None for nothing."""
-    try:
-        return path.stat().st_mode
-    except FileNotFoundError:
-        return None
+    return None if path is None else files.writable(path)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -97,14 +70,11 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DagerError: The file cannot be written.
     """
-    partial = path.with_name(f".{os.getpid()}.partial")
     try:
-        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
-        partial.replace(path)
+        with files.replacing(path) as partial:
+            partial.write_bytes(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise DagerError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def show(*parts: RenderableType) -> None:
