@@ -36,17 +36,18 @@ class Texts:
     seen: bool
 
 
-def whole_texts(adapter: DecoderAdapter, tree: Tree, last: Mapping[Tap, Span]) -> Texts:
+def whole_texts(adapter: DecoderAdapter, tree: Tree, last: Mapping[Tap, Span], *, complete: bool = False) -> Texts:
     """Decide which prefixes of the tree are whole texts.
 
     Args:
         adapter: The architecture.
         tree: The confirmed prefixes.
         last: Spans of the last block's query and attention output taps, as far as they were shared.
+        complete: Whether the tree holds every row of the batch, so that a text ends at each of its leaves.
 
     Returns:
         The leaves where no tap sees ends; else every end that the last block has a row of, and leaves without one
-        where a text was cut short.
+        where a text was cut short, or where a text must end.
     """
     leaves = tree.leaves()
     if not last or not leaves:
@@ -55,8 +56,8 @@ def whole_texts(adapter: DecoderAdapter, tree: Tree, last: Mapping[Tap, Span]) -
     if not inside:
         return Texts(tuple(leaves), frozenset(), seen=False)
     # A leaf that is no end is a text cut short, unless a text ends on the way to it: then it is a stray extension.
-    cut = [leaf for leaf in leaves if leaf not in ends and not ends & set(tree.path(leaf))]
-    room = max(0, max(span.rank for span in last.values()) - len(ends))
+    cut = [leaf for leaf in leaves if leaf not in ends and (complete or not ends & set(tree.path(leaf)))]
+    room = len(cut) if complete else max(0, max(span.rank for span in last.values()) - len(ends))
     longest = sorted(cut, key=lambda leaf: (-len(tree.nodes[leaf].tokens), tree.nodes[leaf].ratio))[:room]
     return Texts(tuple(sorted(ends.union(longest))), frozenset(ends), seen=True)
 

@@ -63,7 +63,7 @@ def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
     candidates = _candidates(evidence, first, budget)
     if not candidates.count:
         return no_candidates(late=budget.late, saturated=saturated)
-    last = _last(evidence, adapter)
+    last, expected = _last(evidence, adapter), expected_rows(spans.values())
     with evidence.watch.stage("search"):
         if not saturated:
             tree = _by_residual(adapter, spans, candidates, budget)
@@ -71,9 +71,11 @@ def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
             saturated = tree.overflowed and all(2 * span.rank >= span.width for span in spans.values())
         if saturated:
             tree = _by_leverage(evidence, adapter, candidates, last, budget)
-        found = _Found(tree, whole_texts(adapter, tree, last), {} if saturated else spans, last)
+        complete = not saturated and tree.distinct_rows() == expected
+        texts = whole_texts(adapter, tree, last, complete=complete)
+        found = _Found(tree, texts, {} if saturated else spans, last)
     if not saturated:
-        return _proven(adapter, found, expected_rows(spans.values()), late=budget.late)
+        return _proven(adapter, found, expected, late=budget.late)
     likely = _likeliest(found)
     confirmed = len(likely.texts.confirmed)
     return likely.outcome(*of_leverage(likely.ends, confirmed, late=budget.late))
