@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.step import client_update
 from dager_tutorial.errors import DagerError
 from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.stopwatch import peak_memory_mb
 from dager_tutorial.update import KINDS, Update
 
 MUTATIONS = 1000
@@ -199,7 +200,8 @@ MUTATORS: list[Callable[[bytes, random.Random], bytes]] = [
 def valid_file(tiny_gpt2: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("fuzz") / "update.safetensors"
     names = [f"transformer.h.{block}.attn.c_attn.{leaf}" for block in (0, 1) for leaf in ("weight", "bias")]
-    update = client_update(tiny_gpt2, ["the dog is good"], share=[*names, "transformer.ln_f.bias", "score.weight"])
+    share = [*names, "transformer.ln_f.bias", "score.weight"]
+    update = client_update(tiny_gpt2, ["the dog is good"], config=ClientConfig(share=share))
     Update(update.gradients, "delta", 0.1, "tiny-gpt2").save(path)
     return path.read_bytes()
 
@@ -215,7 +217,7 @@ def is_sound(update: Update, model: LanguageModel) -> bool:
 
 def test_a_thousand_mutated_files(valid_file: bytes, tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
     path = tmp_path / "update.safetensors"
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_mb()
     refused, accepted = set(), 0
     for seed in range(MUTATIONS):
         chance = random.Random(seed)
@@ -229,7 +231,6 @@ def test_a_thousand_mutated_files(valid_file: bytes, tiny_gpt2: LanguageModel, t
             assert message.isprintable(), seed
             assert 0 < len(message) < 1000, seed
             refused.add(message.split(": ", 1)[-1][:25])
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 300_000, f"peak memory grew by {grown} KiB"
+    assert peak_memory_mb() - before < 300
     assert accepted > MUTATIONS / 20  # the mutations reach past the parser,
     assert len(refused) > 12  # and meet many different checks

@@ -9,25 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import every
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.step import client_update
-from dager_tutorial.errors import DagerError, UpdateError
+from dager_tutorial.errors import DagerError, UpdateError, quote
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.update import Update, quote
+from dager_tutorial.update import Update
 
 TEXTS = ["the dog is good", "a cat"]
 MODELS = ["tiny_gpt2", "tiny_llama", "tiny_bert"]
 ONE = {"h.0.attn.c_attn.weight": torch.ones(2, 3)}
 
 
-@pytest.fixture
-def model(request: pytest.FixtureRequest) -> LanguageModel:
-    return request.getfixturevalue(request.param)
-
-
-every_model = pytest.mark.parametrize("model", MODELS, indirect=True)
+every_model = every(*MODELS)
 
 
 def header(tensors: dict, data: bytes = b"") -> bytes:
@@ -37,7 +34,7 @@ def header(tensors: dict, data: bytes = b"") -> bytes:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_a_file_gives_back_what_was_saved(tmp_path: Path, dtype: str, tiny_gpt2: LanguageModel) -> None:
-    update = client_update(tiny_gpt2, TEXTS, dtype=dtype)
+    update = client_update(tiny_gpt2, TEXTS, config=ClientConfig(dtype=dtype))
     update = Update(update.gradients, kind="delta", learning_rate=1e-3 / 3, model="tiny-gpt2")
     update.save(tmp_path / "update.safetensors")
     loaded = Update.load(tmp_path / "update.safetensors")
@@ -191,7 +188,7 @@ def test_all_names_of_transformers_classes_are_understood(model: LanguageModel, 
 
 @every_model
 def test_partly_shared_is_fine(model: LanguageModel) -> None:
-    update = client_update(model, TEXTS, share="attention")
+    update = client_update(model, TEXTS, config=ClientConfig(share="attention"))
     assert len(update.for_backbone(model.network)) == len(update.gradients)
 
 

@@ -11,8 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from dager_tutorial.teaching import plotting
-from dager_tutorial.teaching import widgets
+from dager_tutorial.teaching import plotting, widgets
 
 
 def draw(rows: int, noise: float = 0.0) -> plt.Figure:
