@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,23 +51,51 @@ def leverage(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     passed(function)
 
 
-def status(function: Callable[[int, int, int, int | None], str]) -> None:
-    """Exercise 7.3: the status of an attack that did not saturate.
+class Counts(NamedTuple):
+    """What the attack on a causal model has counted when it ends.
+
+    Attributes:
+        rank: Rank of block 0; None where its gradient is missing or zero.
+        prefixes: Different prefixes that were confirmed.
+        promised: Different prefixes that a clear rank counts; None where noise hides it.
+        texts: Texts that are reported.
+        ends: Those of them that end where the last block has a row; None where it shows no ends.
+        promised_ends: Ends that a clear rank of the last block counts; None where noise hides it.
+    """
+
+    rank: int | None = 40
+    prefixes: int = 55
+    promised: int | None = 55
+    texts: int = 4
+    ends: int | None = 4
+    promised_ends: int | None = 4
+
+
+STATUSES = (
+    (Counts(), "texts_complete", "All promised prefixes were confirmed, and every text to its end."),
+    (Counts(ends=None, promised_ends=None), "rows_complete", "Every row is explained, and nothing shows the ends."),
+    (Counts(ends=3), "partial", "A text ends where the last block has no row."),
+    (Counts(prefixes=50), "partial", "Prefixes are missing."),
+    (Counts(prefixes=57), "partial", "More pass than there can be: some are too alike to be told apart."),
+    (Counts(promised=None), "ends_confirmed", "The prefixes cannot be counted, but the ends can."),
+    (Counts(promised=None, ends=3), "partial", "One of the texts is not confirmed to its end."),
+    (Counts(promised=None, promised_ends=5), "partial", "The last block has one end more than was confirmed."),
+    (Counts(promised=None, promised_ends=None), "partial", "Without any promised number nobody knows what is missing."),
+    (Counts(promised=None, ends=None, promised_ends=None), "partial", "Nothing can be counted here."),
+    (Counts(rank=None, prefixes=0, texts=0, ends=None), "no_signal", "Nothing was shared that could be tested."),
+    (Counts(rank=0, prefixes=0, texts=0, ends=None), "noise", "A rank of 0: nothing stands out from noise."),
+    (Counts(prefixes=0, texts=0, ends=None), "wrong_model", "There is a span, and no text lies in it."),
+    (Counts(prefixes=0, promised=None, texts=0, ends=None), "wrong_model", "There is a span, and no text lies in it."),
+)
+"""Counts, the status that belongs to them, and what to think of where an answer differs (exercise 7.3)."""
+
+
+def status(function: Callable[[Counts], str]) -> None:
+    """Exercise 7.3: the status of an attack that ended in time and did not saturate.
 
     Args:
-        function: Takes the rank of block 0, the number of candidates, the number of confirmed prefixes and of promised
-            ones (None where noise hides it); returns the status.
+        function: Takes `Counts`; returns the status.
     """
-    cases = [
-        ((40, 60, 55, 55), "exact", "All promised prefixes were confirmed."),
-        ((40, 60, 50, 55), "partial", "Prefixes are missing."),
-        ((40, 60, 57, 55), "partial", "More pass than there can be: some are too alike to be told apart."),
-        ((40, 60, 55, None), "partial", "Without a promised number nobody knows whether these are all."),
-        ((0, 0, 0, None), "no_signal", "A rank of zero comes first: there is nothing to test against."),
-        ((40, 0, 0, 55), "no_candidates", "No token passed."),
-        ((40, 60, 0, 55), "no_candidates", "Tokens passed, but none begins a text."),
-        ((40, 60, 0, None), "no_candidates", "Tokens passed, but none begins a text."),
-    ]
-    for counts, expected, hint in cases:
-        equal(answer(function, *counts), expected, f"the status for {counts}", hint=hint)
+    for counts, expected, hint in STATUSES:
+        equal(answer(function, counts), expected, f"the status for {counts}", hint=hint)
     passed(function)
