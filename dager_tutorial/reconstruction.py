@@ -1,4 +1,4 @@
-"""What an attack gives back: token ids, their texts, how sure it is, and where the time went."""
+"""What an attack gives back: token ids, their texts, how sure it is, and where the time went (chapter 6)."""
 
 from __future__ import annotations
 

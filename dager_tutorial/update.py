@@ -1,4 +1,4 @@
-"""The update: what a federated-learning client sends, and all that the server sees of a batch.
+"""The update: what a federated-learning client sends, and all that the server sees of a batch (chapters 1, 6).
 
 An update is a set of named gradients (or weight deltas) and a little public information about them. On disk
 it is a plain safetensors file, so that reading one from a stranger executes nothing.

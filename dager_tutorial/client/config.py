@@ -1,4 +1,4 @@
-"""What a client does in one step: every option, what it is for, and what it may be."""
+"""What a client does in one step: every option, what it is for, and what it may be (chapter 1)."""
 
 from __future__ import annotations
 

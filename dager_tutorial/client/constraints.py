@@ -1,4 +1,4 @@
-"""Options that declare what they may be, so that one check serves them all and a reader finds it beside the field."""
+"""Options that declare what they may be: one check serves them all, and stands beside each field (chapter 1)."""
 
 from __future__ import annotations
 

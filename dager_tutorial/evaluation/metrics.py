@@ -1,4 +1,4 @@
-"""How much of a batch came back: the truth that the client kept beside what the server found.
+"""How much of a batch came back: the truth that the client kept beside what the server found (chapter 6).
 
 This is the one place where a reconstruction meets the truth. Recovered sequences come in no order, so an optimal
 assignment pairs them with the true texts, by the same rule for every architecture. The DAGER paper (arXiv 2405.15586)

@@ -1,4 +1,4 @@
-"""Block 0's attention input as factors: a token's part, a position's part, and the norm that joins them."""
+"""Block 0's attention input as factors: a token's part, a position's part, the norm that joins them (chapter 3)."""
 
 from __future__ import annotations
 

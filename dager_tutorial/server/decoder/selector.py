@@ -1,4 +1,4 @@
-"""What a tree search is given to choose extensions by: residuals, leverages, or summed evidence."""
+"""What a tree search is given to choose extensions by: residuals, leverages, or summed evidence (chapter 4)."""
 
 from __future__ import annotations
 
