@@ -54,9 +54,9 @@ def distinct_rows(model: LanguageModel, texts: list[str]) -> int:
     return len({tuple(tokens[: i + 1]) if causal else (*tokens, -i - 1) for tokens in ids for i in range(len(tokens))})
 
 
-def spans(model: LanguageModel, texts: list[str], **options: str) -> tuple[Span, Span]:
+def spans(model: LanguageModel, texts: list[str], dtype: str = "float32") -> tuple[Span, Span]:
     """Of blocks 0 and 1."""
-    evidence = evidence_of(model, client_update(model, texts, config=ClientConfig(**options)))
+    evidence = evidence_of(model, client_update(model, texts, config=ClientConfig(dtype=dtype)))
     first, second = (evidence.span(evidence.adapter.tap(block, QKV)) for block in (0, 1))
     assert first is not None and second is not None
     return first, second

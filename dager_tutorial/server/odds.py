@@ -16,6 +16,7 @@ from jaxtyping import Float
 from scipy.stats import norm
 from torch import Tensor
 
+from dager_tutorial.models.tap import precise
 from dager_tutorial.server.constants import constants
 
 # A standard normal variable's median absolute value times this is 1.
@@ -38,7 +39,7 @@ def residual_log_odds(ratio: Float[Tensor, " rows"], freedom: float, random_rati
     Returns:
         float64, falling in z; at the span's bound it is `least_log_odds`.
     """
-    scaled = (ratio.double() / constants().model_error).square() * freedom / 2
+    scaled = (precise(ratio) / constants().model_error).square() * freedom / 2
     half = torch.full_like(scaled, freedom / 2)
     # Beyond any doubt where z is infinite: gammaincc has no value there.
     survival = torch.where(scaled.isfinite(), torch.special.gammaincc(half, scaled.clamp(max=1e300)), 0.0)
@@ -92,8 +93,8 @@ def leverage_log_odds(log_leverage: Float[Tensor, " rows"], of_others: Usual) ->
     """Log-odds from the leverage, for taps whose rank is full.
 
     False rows have normal log-leverages. A true one's is lower, by a shift of which no more is known than that it is at
-    most `leverage_shift` deviations: the likelihood is averaged over it. One row in `1 / miss_rate`, true or false,
-    follows no model.
+    most `leverage_shift` deviations: the likelihood is averaged over it, and what lies lower counts as the lowest. One
+    row in `1 / miss_rate`, true or false, follows no model.
 
     Args:
         log_leverage: float32, as `Span.log_leverage` gives it.
@@ -103,10 +104,10 @@ def leverage_log_odds(log_leverage: Float[Tensor, " rows"], of_others: Usual) ->
         float64, falling in the leverage.
     """
     shift, outliers = constants().leverage_shift, constants().miss_rate
-    deviation = of_others.deviations(log_leverage).double().clamp(-shift, shift)
-    normal = torch.distributions.Normal(0.0, 1.0)
-    false = (1 - outliers) * normal.log_prob(deviation).exp() + outliers / (2 * shift)
-    true = (normal.cdf(deviation + shift) - normal.cdf(deviation)) / shift
+    deviation = precise(of_others.deviations(log_leverage)).clamp(-shift, shift)
+    normal = (-deviation.square() / 2).exp() / math.sqrt(2 * math.pi)
+    false = (1 - outliers) * normal + outliers / (2 * shift)
+    true = torch.special.ndtr(-deviation) / shift
     return ((1 - outliers) * true / false + outliers).log()
 
 

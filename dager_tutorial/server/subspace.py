@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import chi2
 from torch import Tensor
 
+from dager_tutorial.models.tap import precise
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.odds import least_log_odds, residual_log_odds
 from dager_tutorial.server.rank import numerical_rank, right_singular, rounding_floor
@@ -159,7 +160,8 @@ class Span:
 
         The same as `log_odds(vectors) >= least_log_odds`, without the logarithm.
         """
-        return self.ratio(vectors) <= self.bound
+        ratio = self.ratio(vectors)
+        return (precise(ratio) <= self.bound).to(ratio.device)  # beside float32 numbers the bound would be rounded
 
     def log_odds(self, vectors: Float[Tensor, "rows inputs"]) -> Float[Tensor, " rows"]:
         """Log-odds (float64) that each vector was a row against that it was not, from its residual.
