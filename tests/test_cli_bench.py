@@ -109,18 +109,3 @@ def test_bench_encoder_hands_on_its_limits_and_shows_means(zoo, tmp_path, capsys
     assert ["notes", "2", "textbook", "75.0", "0.0", "1", "2.00"] in rows
     assert main(arguments) == 0
     assert (told["variants"], told["cap"], told["time_budget"]) == (ablation.VARIANTS, ablation.CAP, None)
-
-
-def test_bench_sensitivity_shows_and_writes_its_records(tmp_path, capsys, monkeypatch):
-    records = [{"constant": "edge", "factor": 0.5, "exact": 1.0}, {"constant": "edge", "factor": 2.0, "exact": 0.25}]
-
-    def bench_sensitivity(*, progress):
-        progress("edge", 1, 2)
-        return [SimpleNamespace(to_json=lambda record=record: record) for record in records]
-
-    fake = SimpleNamespace(bench_sensitivity=bench_sensitivity)
-    monkeypatch.setitem(sys.modules, "dager_tutorial.evaluation.sensitivity", fake)
-    assert main(["bench", "sensitivity", "--json", str(tmp_path / "runs.json")]) == 0
-    assert read(tmp_path / "runs.json") == {"runs": records}
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["edge", "0.5", "1"] in lines and ["edge", "2", "0.25"] in lines

@@ -88,13 +88,6 @@ def test_ranks_show_the_number_of_inputs_and_what_is_full():
     assert shown == [["5", "64", "1.0e-07", "1.0e+04"], ["9", "9", "0.0e+00", "1.0e+00", "saturated"]]
 
 
-def test_records_of_any_kind_make_a_table():
-    table = display.records_table([{"rank_error": 2, "name": "edge"}, {"rank_error": 30000, "name": "a\nb"}])
-    assert rows_of(table)[0] == ["rank", "error", "name"]
-    assert ["2", "edge"] in rows_of(table) and ["30,000", "a↵b"] in rows_of(table)
-    assert not rows_of(display.records_table([]))
-
-
 @pytest.mark.parametrize(
     "part",
     [
@@ -102,7 +95,6 @@ def test_records_of_any_kind_make_a_table():
         display.beside_table([Pair(HOSTILE, HOSTILE, True)]),
         display.status_lines(found(diagnosis=HOSTILE)),
         display.facts({"model": HOSTILE}),
-        display.records_table([{"name": HOSTILE}]),
         display.tensors_table({HOSTILE: (2, 3)}, 1),
     ],
     ids=lambda part: type(part).__name__,

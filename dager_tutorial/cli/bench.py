@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from typer import Option
 
-from dager_tutorial.cli import display
+from dager_tutorial.cli import display, output
 from dager_tutorial.cli.options import (
     ClientOptions,
     ModelOptions,
@@ -23,6 +24,7 @@ from dager_tutorial.cli.progress import progress
 if TYPE_CHECKING:
     from dager_tutorial.evaluation.ablation import EncoderBenchmark
     from dager_tutorial.evaluation.accuracy import AccuracyRun
+    from dager_tutorial.evaluation.sensitivity import SensitivityRun
 
 SCALING = (1, 2, 4, 8, 16, 32)  # batch sizes of `bench scaling` where none is given
 VARIANTS = ("full", "no incidence", "no relaxation", "no polish", "textbook")  # of `bench encoder`
@@ -136,13 +138,31 @@ def encoder(
 
 @app.command()
 @flattened
-def sensitivity(*, results: OutputOptions) -> None:
+def sensitivity(
+    *,
+    markdown: Annotated[
+        Path | None, Option("--markdown", callback=output.writable, help="Write the table as Markdown.")
+    ] = None,
+    results: OutputOptions,
+) -> None:
     """Attack with each of the attack's constants halved and doubled, and count what changes."""
-    from dager_tutorial.evaluation.sensitivity import bench_sensitivity
+    from dager_tutorial.evaluation.sensitivity import bench_sensitivity, markdown_table
 
+    runs = []
     with progress() as advance:
-        runs = [run.to_json() for run in bench_sensitivity(progress=advance)]
-    results.finish({"runs": runs}, display.records_table(runs))
+        for run in bench_sensitivity(progress=advance):
+            runs.append(run)
+            typer.echo(_change(run))
+    if markdown is not None:
+        output.write_text(markdown, markdown_table(runs))
+    results.finish({"runs": [run.to_json() for run in runs]})
+
+
+def _change(run: SensitivityRun) -> str:
+    """One run with a changed constant in one line."""
+    what = f"{run.constant} = {run.value:g}" if run.constant else "all constants as they are"
+    found = f"exact={run.exact}/{run.texts}  false={run.false}  confirmed and false={run.false_confirmed}"
+    return f"{what}  {found}  {run.seconds:.1f} s  {'; '.join(run.changed)}".rstrip()
 
 
 def _line(run: AccuracyRun) -> str:

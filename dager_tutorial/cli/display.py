@@ -108,16 +108,6 @@ def facts(rows: Mapping[str, Any]) -> Table:
     return table
 
 
-def records_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a record, under the names of the first one's fields."""
-    first = records[0] if records else {}
-    titles = {name: name.replace("_", " ") for name in first}
-    table = headed(*titles.values(), left=[titles[name] for name, value in first.items() if isinstance(value, str)])
-    for record in records:
-        table.add_row(*(Text(plain(record[name])) for name in titles))
-    return table
-
-
 def tensors_table(shapes: Mapping[str, Sequence[int]], shown: int) -> Table:
     """The first tensors of an update by name and shape.
 

@@ -183,7 +183,7 @@ def _run(
     )
 
 
-def markdown(runs: Sequence[SensitivityRun]) -> str:
+def markdown_table(runs: Sequence[SensitivityRun]) -> str:
     """The table as Markdown: one row for each constant, its meaning and what halving and doubling change.
 
     Args:
