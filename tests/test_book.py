@@ -18,6 +18,10 @@ import nbformat
 import pytest
 import yaml
 
+from dager_tutorial.checks.when_it_breaks import STATUSES, Counts
+from dager_tutorial.server.outcome import Ends
+from dager_tutorial.server.verdict import of_prefixes
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.stem[:2].isdigit()]
@@ -80,6 +84,26 @@ def test_every_page_is_in_the_table_of_contents_and_there():
     listed = [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]
     there = {f"book/{path.stem}" for path in (ROOT / "book").iterdir() if path.suffix in (".md", ".ipynb")}
     assert sorted(listed) == sorted(there)
+
+
+def test_the_api_page_shows_every_module_but_the_command_line_once():
+    shown = re.findall(r"^\.\. automodule:: (\S+)$", (ROOT / "book" / "api.md").read_text("utf-8"), re.MULTILINE)
+    files = [path.relative_to(ROOT) for path in (ROOT / "dager_tutorial").rglob("*.py")]
+    there = [".".join(path.with_suffix("").parts) for path in files if path.name != "__init__.py"]
+    assert sorted(shown) == sorted(name for name in there if not name.startswith("dager_tutorial.cli."))
+
+
+def chapters_and_files(page: str) -> list[tuple[str, str]]:
+    """The rows of a page's table of chapters and the files that they explain."""
+    rows = re.findall(r"^\| (.+?) \| (`[\w./]+`.*) \|$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
+    return [(chapter.replace("](book/", "]("), files) for chapter, files in rows]
+
+
+def test_readers_and_contributors_see_the_same_table_of_files():
+    """That it names every file is tested where contributors read it."""
+    table = chapters_and_files("book/api.md")
+    assert table == chapters_and_files("CONTRIBUTING.md")
+    assert len(table) == len(CHAPTERS) + 1  # the last row holds what no chapter explains
 
 
 @notebooks
@@ -181,6 +205,12 @@ def test_a_check_fails_on_the_stub_and_passes_on_the_solution(path, stub, soluti
     run(path, [solved])
     with pytest.raises(AssertionError, match="put your code"):
         run(path, [asked, calls[0]])
+
+
+@pytest.mark.parametrize(("counts", "expected"), [case[:2] for case in STATUSES if case[0].texts])
+def test_exercise_7_3_asks_for_the_verdicts_of_the_package(counts: Counts, expected: str):
+    ends = Ends(counts.ends is not None, counts.ends or 0, counts.texts, counts.promised_ends)
+    assert of_prefixes(counts.prefixes, counts.promised, ends, late=False)[0] == expected
 
 
 def test_the_repository_is_named_in_one_place():

@@ -38,7 +38,7 @@ def test_residual_odds_fall_from_certain_to_the_floor(freedom: float, random_rat
     odds = residual_log_odds(ratio, freedom, random_ratio)
     assert odds.isfinite().all() and (odds.diff() <= 1e-12).all()
     # Where a random direction looks like a true row there is nothing to learn.
-    assert bool(odds[0] > 1e-12) is (random_ratio > constants().model_error)
+    assert odds[0] >= (1e-3 if random_ratio > 1.1 * constants().model_error else 0)
     assert odds[-1].item() == pytest.approx(math.log(constants().miss_rate))
 
 

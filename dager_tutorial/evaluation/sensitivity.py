@@ -16,7 +16,7 @@ from dager_tutorial.client.batch import Truth
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.step import play
 from dager_tutorial.data import load_texts, sample_batch
-from dager_tutorial.evaluation.timing import warm_up
+from dager_tutorial.evaluation.timing import timed, warm_up
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.attack import attack
 from dager_tutorial.server.budget import AttackConfig, Progress
@@ -59,7 +59,7 @@ class SensitivityRun:
         false: Recovered sequences that are no text of their batch.
         false_confirmed: Those of them that are reported as confirmed.
         changed: Names of the cases whose status or number of exact or false texts is not the usual one.
-        seconds: Wall-clock seconds of the attacks.
+        seconds: Seconds of processor time that the attacks took.
     """
 
     constant: str
@@ -159,11 +159,13 @@ def _case(name: str, model: LanguageModel, data: str, size: int, **options: Any)
 
 
 def _attacked(case: Case) -> _Result:
-    found = attack(case.model, case.update, config=AttackConfig(time_budget=TIME_BUDGET))
+    limits = AttackConfig(time_budget=TIME_BUDGET)
+    spent = timed(lambda: attack(case.model, case.update, config=limits))
+    found = spent.result
     true, confirmed = set(case.truth.sequences), set(found.confirmed)
     exact = sum(ids in found.sequences for ids in case.truth.sequences)
     false = len(set(found.sequences) - true)
-    return _Result(found.status.value, exact, false, len(confirmed - true), found.seconds["total"])
+    return _Result(found.status.value, exact, false, len(confirmed - true), spent.cpu_seconds)
 
 
 def _run(

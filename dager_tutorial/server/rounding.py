@@ -47,8 +47,10 @@ def rounding_errors(adapter: Adapter, dtype: torch.dtype, blocks: int, seed: int
         For each tap of these blocks the root mean square of difference over vector.
     """
     tokens = probe(adapter, constants().probe_texts, constants().probe_length, seed)
-    exact, *others = (_inputs(adapter, kind, tokens, blocks) for kind in (torch.float64, torch.float32, dtype))
-    return {tap: math.hypot(*(_relative(other[tap], vectors) for other in others)) for tap, vectors in exact.items()}
+    kinds = dict.fromkeys((torch.float64, torch.float32, dtype))
+    inputs = {kind: _inputs(adapter, kind, tokens, blocks) for kind in kinds}
+    exact, server, client = (inputs[kind] for kind in (torch.float64, torch.float32, dtype))
+    return {tap: math.hypot(_relative(server[tap], x), _relative(client[tap], x)) for tap, x in exact.items()}
 
 
 def probe(adapter: Adapter, texts: int, length: int, seed: int) -> Int[Tensor, "texts length"]:
@@ -147,19 +149,20 @@ def replay(adapter: Adapter, block: int, hidden: Float[Tensor, "texts length wid
 
 
 def _replay_decoder(adapter: DecoderAdapter, block: int, hidden: Tensor) -> Replayed:
-    """Position by position: rotary models turn queries and keys by their place."""
-    by_position = hidden.unbind(1)
-    vectors = [adapter.attention_input(block, state) for state in by_position]
-    parts = [adapter.project(block, each, position) for position, each in enumerate(vectors)]
-    _, keys, values = (torch.stack(part, 1) for part in zip(*parts, strict=True))
+    """All positions at once but for what depends on the place: rotations, and which keys a query sees."""
+    rows = hidden.flatten(0, 1)
+    vectors = adapter.attention_input(block, rows)
+    by_position = vectors.unflatten(0, hidden.shape[:2]).unbind(1)
+    parts = [adapter.project(block, each, position) for position, each in enumerate(by_position)]
+    query, keys, values = (torch.stack(part, 1) for part in zip(*parts, strict=True))
     starts = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-    attended, inner, leaving = [], [], []
-    for position, state in enumerate(by_position):
+    attended = []
+    for position in range(hidden.shape[1]):
         seen, hide = slice(position + 1), unseen(position + 1, starts, adapter.window(block))
-        mixed = attend(parts[position][0], keys[:, seen], values[:, seen], adapter.scaling(block), hide)
-        state = adapter.after_attention(block, state, mixed)
-        attended.append(mixed)
-        inner.append(adapter.mlp_input(block, state))
-        leaving.append(adapter.after_mlp(block, state, inner[-1]))
-    taps = {QKV: vectors, ATTENTION_OUTPUT: attended, MLP: inner}
-    return Replayed({kind: torch.stack(each, 1) for kind, each in taps.items()}, torch.stack(leaving, 1))
+        attended.append(attend(query[:, position], keys[:, seen], values[:, seen], adapter.scaling(block), hide))
+    mixed = torch.stack(attended, 1).flatten(0, 1)
+    state = adapter.after_attention(block, rows, mixed)
+    inner = adapter.mlp_input(block, state)
+    taps = {QKV: vectors, ATTENTION_OUTPUT: mixed, MLP: inner}
+    shaped = {kind: each.unflatten(0, hidden.shape[:2]) for kind, each in taps.items()}
+    return Replayed(shaped, adapter.after_mlp(block, state, inner).unflatten(0, hidden.shape[:2]))

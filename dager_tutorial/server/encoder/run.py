@@ -63,6 +63,9 @@ def _untestable(evidence: Evidence) -> Outcome | None:
     span = evidence.span(evidence.adapter.tap(0, ATTENTION_OUTPUT))
     if span is None:
         return Outcome(Status.PARTIAL, "block 0's attention output gradient was not shared: tokens, but no texts")
+    if span.rank == 0:
+        reason = "nothing in block 0's attention output gradient stands out from noise: tokens, but no texts"
+        return Outcome(Status.PARTIAL, reason)
     if span.blurred:
         reason = "about as many rows as the model is wide: tokens can be told, whole texts cannot"
         return Outcome(Status.SATURATED, reason)

@@ -72,11 +72,11 @@ def overlapping(texts: Collection[Text]) -> Iterator[Seed]:
         texts: What was found.
 
     >>> [(seed.position, seed.forbidden) for seed in overlapping([(0, 5, 6)])]
-    [(1, (2, 6)), (1, (2, 6)), (2, (1, 5)), (2, (1, 5))]
+    [(1, (2, 6)), (2, (1, 5))]
     """
     for text in texts:
         for absent in range(len(text) - 1, 0, -1):
-            for position in (1, len(text) // 2, len(text) - 1):
+            for position in dict.fromkeys((1, len(text) // 2, len(text) - 1)):
                 if position != absent:
                     yield Seed(position, text[position], forbidden=(absent, text[absent]))
 
