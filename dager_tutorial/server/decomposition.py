@@ -108,9 +108,9 @@ def tail_of(values: Float[Tensor, " noise"]) -> Tail:
 def _sketched(matrix: Tensor, precision: float, guess: int) -> Signal | None:
     """The signal by growing sketches; None where it does not stand clearly above its noise in a small one."""
     floor, spare = rounding_floor(matrix, precision), constants().oversampling
-    size = max(constants().sketch, guess + guess // 4 + spare)
+    size, most = max(constants().sketch, guess + guess // 4 + spare), min(matrix.shape) // 2
     # Noise below the rounding of float64 products cannot be measured behind a projection.
-    while precision > 1e-12 and 2 * size <= min(matrix.shape):
+    while precision > 1e-12 and size <= most:
         values, directions = _leading(matrix, size)
         energy, fourth = _behind(matrix, directions)
         rank = numerical_rank(values, len(matrix), floor, inputs=matrix.shape[1], beyond=energy)
@@ -119,7 +119,7 @@ def _sketched(matrix: Tensor, precision: float, guess: int) -> Signal | None:
             tail = Tail(behind.energy + energy, behind.fourth + fourth, behind.largest)
             clear = not rank or values[rank - 1] >= constants().clear_gap * tail.largest
             return Signal(values[:rank], directions[:, :rank], tail, None, floor) if clear else None
-        size *= constants().growth
+        size = min(size * constants().growth, most) if size < most else most + 1
     return None
 
 

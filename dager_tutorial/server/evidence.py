@@ -16,8 +16,9 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import QKV, QUERY, Tap
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
+from dager_tutorial.server.reading import span_of
 from dager_tutorial.server.rounding import probe, rounding_errors
-from dager_tutorial.server.subspace import Span, span_of
+from dager_tutorial.server.subspace import Span
 from dager_tutorial.status import Status
 from dager_tutorial.stopwatch import Stopwatch
 from dager_tutorial.update import Update

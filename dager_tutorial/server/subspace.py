@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dager_tutorial.models.tap import precise
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.decomposition import Spectrum, Tail, signal_of, tail_of
+from dager_tutorial.server.decomposition import Spectrum, Tail, tail_of
 from dager_tutorial.server.odds import least_log_odds, residual_log_odds
 from dager_tutorial.server.rank import right_singular
 
@@ -98,6 +98,11 @@ class Span:
     def width(self) -> int:
         """Number of inputs."""
         return self.signal.shape[0]
+
+    @property
+    def free(self) -> int:
+        """Number of directions outside."""
+        return self.width - self.rank
 
     @property
     def clear(self) -> bool:
@@ -261,61 +266,18 @@ class Span:
         Returns:
             float32.
         """
-        free = self.width - self.rank
-        if count >= free:
-            return self.directions[:, self.rank :].float().to(self._basis.device)
+        scale = math.sqrt(max(self.free / count, 1.0))
+        return (self.outside(count, generator) * scale).float().to(self._basis.device)
+
+    def outside(self, count: int, generator: torch.Generator) -> Float[Tensor, "inputs chosen"]:
+        """Random orthonormal directions (float64) of the complement; all of them where there are no more.
+
+        Args:
+            count: How many, at most.
+            generator: Source of randomness, on the CPU.
+        """
+        if count >= self.free:
+            return self.directions[:, self.rank :]
+        # Drawn outside any basis: rounding turns the basis, and the mixtures must be the same on every machine.
         mix = torch.randn(self.width, count, generator=generator, dtype=torch.float64).to(self.signal.device)
-        mix = torch.linalg.qr(mix - self.signal @ (self.signal.T @ mix)).Q * math.sqrt(free / count)
-        return mix.float().to(self._basis.device)
-
-
-def span_of(
-    gradient: Float[Tensor, "outputs inputs"],
-    *,
-    precision: float = 2.0**-23,
-    arithmetic: float = 0.0,
-    device: torch.device | None = None,
-    guess: int = 0,
-) -> Span | None:
-    """Read the span of a layer's inputs off its gradient.
-
-    The gradient's outputs are first scaled to equal noise: rounding noise is proportional to an output's gradient;
-    noise that was added is not, and shows in what is left outside a first estimate of the span.
-
-    Args:
-        gradient: float64; each row is a combination of the layer's input vectors plus noise.
-        precision: Machine epsilon of the type in which the gradient was stored (2^-23 for float32).
-        arithmetic: Relative rounding error of the vectors that will be tested.
-        device: Where vectors will be tested; None for the gradient's own device.
-        guess: About how many directions the signal may have, where something is known: it costs time if wrong.
-
-    Returns:
-        The span, or None where the gradient is zero.
-
-    Example:
-        >>> inputs = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        >>> gradient = torch.randn(60, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) @ inputs
-        >>> span_of(gradient.float().double()).rank
-        5
-    """
-    gradient = gradient[gradient.norm(dim=1) > 0]
-    if not len(gradient):
-        return None
-    arithmetic = math.hypot(arithmetic, constants().projection_error)
-    # Rounding: noise in proportion to each output's gradient. Where much more is left, it is measured instead.
-    matrix = gradient / gradient.norm(dim=1, keepdim=True)
-    found = signal_of(matrix, precision, guess=guess)
-    if found.tail.largest > constants().uneven_rounding * found.floor:
-        matrix = _evened(gradient, precision, otherwise=matrix)
-        found = signal_of(matrix, precision, guess=guess)
-    spectrum = {"matrix": matrix} if found.complete is None else {"known": found.complete}
-    return Span(found.directions, found.values, found.tail, len(matrix), arithmetic, device, **spectrum)
-
-
-def _evened(gradient: Tensor, precision: float, otherwise: Tensor) -> Tensor:
-    """The gradient with its outputs scaled by the noise that each leaves outside a first estimate of the span."""
-    signal = signal_of(gradient, precision).directions
-    if signal.shape[1] == gradient.shape[1]:
-        return otherwise
-    noise = (gradient - (gradient @ signal) @ signal.T).norm(dim=1)
-    return gradient / noise.clamp(min=1e-6 * noise.max().item())[:, None]
+        return torch.linalg.qr(mix - self.signal @ (self.signal.T @ mix)).Q
