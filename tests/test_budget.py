@@ -26,7 +26,7 @@ from dager_tutorial.server.budget import PARTS, AttackConfig, Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.run import recover_prefixes
 from dager_tutorial.server.encoder.run import recover_texts
-from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.server.evidence import Evidence, evidence_of
 from dager_tutorial.server.outcome import Outcome
 from dager_tutorial.status import Certainty, Status
 from dager_tutorial.update import Update
@@ -94,8 +94,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield shown
 
 
-def recover(model: LanguageModel, update: Update, deadline: float) -> Outcome:
-    evidence = evidence_of(model, update)
+def recover(evidence: Evidence, deadline: float) -> Outcome:
     causal = isinstance(evidence.adapter, DecoderAdapter)
     return (recover_prefixes if causal else recover_texts)(evidence, Budget(deadline=deadline))
 
@@ -118,12 +117,12 @@ def test_wherever_the_time_runs_out_the_run_ends_and_claims_nothing_false(
 ) -> None:
     """At 16 of all moments at which a stage looks at the clock: it looks a few times more, and no longer searches."""
     texts = random_texts(size, 8, 8, 8) if size > 3 else random_texts(size, 8)
-    update, true = client_update(model, texts, config=ClientConfig(dtype=dtype)), truth(model, texts)
-    whole = recover(model, update, math.inf)
+    evidence = evidence_of(model, client_update(model, texts, config=ClientConfig(dtype=dtype)))
+    whole, true = recover(evidence, math.inf), truth(model, texts)
     end = checks[0]
     for deadline in sorted({0, 1, end - 1, *range(2, end, max(1, end // 12))}):
         checks[0] = 0
-        found = recover(model, update, deadline + 0.5)
+        found = recover(evidence, deadline + 0.5)
         assert checks[0] - deadline <= constants().filter_positions + 8, "a stage goes on beyond the deadline"
         assert found.status in {Status.OUT_OF_TIME, whole.status} and found.diagnosis
         assert len(found.texts) <= size
@@ -131,7 +130,7 @@ def test_wherever_the_time_runs_out_the_run_ends_and_claims_nothing_false(
         assert sure <= true
         if found.status is whole.status:
             assert found == whole
-    assert deadline == end - 1 and recover(model, update, math.inf) == whole
+    assert deadline == end - 1 and recover(evidence, math.inf) == whole
 
 
 @every("tiny_gpt2", "tiny_llama", "tiny_bert")
