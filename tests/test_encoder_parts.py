@@ -24,6 +24,7 @@ from dager_tutorial.server.encoder.search import TextSearch
 from dager_tutorial.server.encoder.seeds import Seed, by_company, companions, known_tokens, overlapping
 from dager_tutorial.server.encoder.tables import Clues, FirstBlock, Text, clues_of, first_block
 from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates, filter_tokens
 from dager_tutorial.server.unmixing import Incidence
 
@@ -49,7 +50,7 @@ def parts(tiny_bert: LanguageModel, random_texts: Draw) -> Parts:
     first, span, deeper = (evidence.span(adapter.tap(*place)) for place in ((0, QKV), (0, ATTENTION_OUTPUT), (1, QKV)))
     assert first is not None and span is not None and deeper is not None
     clues = clues_of(filter_tokens(adapter.first_input, first))
-    block = first_block(adapter, clues.tokens, len(clues.wide), span.directions[:, span.rank :])
+    block = first_block(adapter, clues.tokens, len(clues.wide), span)
     ids = clues.tokens.tolist()
     texts = [tuple(ids.index(token) for token in text) for text in encode(tiny_bert.tokenizer, batch)]
     return Parts(clues, block, Confirmer(adapter, tuple(ids), block, span, {adapter.tap(1, QKV): deeper}), texts)
@@ -182,8 +183,10 @@ def steep_block(positions: int, tokens: int, heads: int, width: int, largest: fl
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(positions, tokens, heads, width, generator=draw) for _ in range(3))
     products = torch.einsum("pthw,qshw->ptqsh", query, key)
-    outside = torch.linalg.qr(torch.randn(heads * width, 10, generator=draw, dtype=torch.float64)).Q
-    return FirstBlock(query * (largest / float(products.abs().max())), key, value, 1.0, outside)
+    inputs = heads * width
+    directions = torch.linalg.qr(torch.randn(inputs, inputs, generator=draw, dtype=torch.float64)).Q
+    span = Span.cut(directions, torch.ones(inputs, dtype=torch.float64), inputs - 10, outputs=2 * inputs)
+    return FirstBlock(query * (largest / float(products.abs().max())), key, value, 1.0, span)
 
 
 def oracle(block: FirstBlock, directions: Tensor, text: Text) -> tuple[float, float, float]:
@@ -200,7 +203,7 @@ def oracle(block: FirstBlock, directions: Tensor, text: Text) -> tuple[float, fl
 def test_the_polish_measures_what_a_slow_oracle_measures(largest: float, memory: int) -> None:
     """At scores of 300, too, whose exponentials no float32 holds; all choices at once, or one by one."""
     block = steep_block(5, 20, 2, 8, largest)
-    directions = block.by_heads(block.mixture(6, torch.Generator().manual_seed(1)).float())
+    directions = block.mixture(6, torch.Generator().manual_seed(1)).float()
     polish = Polish(block, torch.ones(5, 20, dtype=torch.bool), directions, Budget(memory=memory))
     text, choices, seen = (3, 1, 4, 1, 5), torch.arange(20), []
     for place in range(5):
@@ -213,7 +216,7 @@ def test_the_polish_measures_what_a_slow_oracle_measures(largest: float, memory:
 
 def test_the_polish_mends_a_text(parts: Parts) -> None:
     """One wrong word, wherever it stands, and a true text stays as it is; of two wrong ones it finds to a true text."""
-    directions = parts.block.by_heads(parts.block.mixture(48, torch.Generator().manual_seed(0)).float())
+    directions = parts.block.mixture(48, torch.Generator().manual_seed(0)).float()
     polish = Polish(parts.block, parts.clues.wide, directions, Budget())
     for text in parts.texts:
         assert polish.polished(text) == text
@@ -241,7 +244,8 @@ def test_only_true_texts_are_confirmed(parts: Parts) -> None:
 def test_what_passes_a_span_taken_too_large_is_refused_by_a_deeper_one(parts: Parts) -> None:
     """A rank too high forgives much in block 0: texts with a wrong word pass there. In block 1 they do not."""
     span = parts.confirmer.span
-    lenient = replace(parts.confirmer, span=replace(span, rank=span.rank + 10))
+    wider = Span.cut(span.directions, span.singular_values, span.rank + 10, span.outputs, span.arithmetic)
+    lenient = replace(parts.confirmer, span=wider)
     shallow = replace(lenient, deeper={})
     wrong = [changed(parts, text, place) for text in parts.texts for place in range(1, 7)]
     assert any(shallow.confirms(text) for text in wrong)

@@ -20,7 +20,8 @@ from dager_tutorial.server.odds import (
     residual_log_odds,
     usual,
 )
-from dager_tutorial.server.subspace import Span, span_of
+from dager_tutorial.server.reading import span_of
+from dager_tutorial.server.subspace import Span
 
 freedoms = st.floats(1, 5000)
 random_ratios = st.floats(0, 12).map(lambda power: 10**power)

@@ -22,7 +22,8 @@ from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.server.rank import right_singular
-from dager_tutorial.server.subspace import Span, span_of
+from dager_tutorial.server.reading import span_of
+from dager_tutorial.server.subspace import Span
 from dager_tutorial.update import Update
 
 Draw = Callable[..., list[str]]
@@ -212,6 +213,6 @@ def test_leverage_is_the_least_weight_that_makes_a_row() -> None:
     unit = vectors.double() / vectors.double().norm(dim=1, keepdim=True)
     least = torch.linalg.lstsq(gradient.T, unit.T, driver="gelsd").solution.square().sum(0).log()
     for rank in (40, 25):
-        span = Span(directions, values, rank, outputs=150)
+        span = Span.cut(directions, values, rank, outputs=150)
         torch.testing.assert_close(span.log_leverage(vectors).double(), least, rtol=0, atol=1e-3)
         torch.testing.assert_close(span.log_leverage(7 * vectors), span.log_leverage(vectors), rtol=0, atol=1e-4)

@@ -18,7 +18,8 @@ from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.server.outcome import Ends, expected_rows
-from dager_tutorial.server.subspace import Span, span_of
+from dager_tutorial.server.reading import span_of
+from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.verdict import (
     no_beginning,
     no_candidates,

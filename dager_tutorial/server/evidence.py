@@ -16,8 +16,9 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import QKV, QUERY, Tap
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
+from dager_tutorial.server.reading import span_of
 from dager_tutorial.server.rounding import probe, rounding_errors
-from dager_tutorial.server.subspace import Span, span_of
+from dager_tutorial.server.subspace import Span
 from dager_tutorial.status import Status
 from dager_tutorial.stopwatch import Stopwatch
 from dager_tutorial.update import Update
@@ -56,7 +57,14 @@ class Evidence:
             return None
         epsilon = torch.finfo(self.precision).eps
         device = self.adapter.first_input.tokens.device
-        return span_of(gradient, precision=epsilon, arithmetic=self.arithmetic(tap), device=device)
+        arithmetic, guess = self.arithmetic(tap), self._guess(tap)
+        return span_of(gradient, precision=epsilon, arithmetic=arithmetic, device=device, guess=guess)
+
+    def _guess(self, tap: Tap) -> int:
+        """About how many rows a tap has: as many as others before it, but for the last block's, which has few."""
+        if tap.block == self.adapter.num_blocks - 1:
+            return 0
+        return max((span.rank for span in self.spans.values() if span is not None), default=0)
 
     def present(self, *taps: Tap) -> dict[Tap, Span]:
         """The spans of those taps that have one, in their order."""

@@ -11,7 +11,14 @@ from torch import Tensor
 from dager_tutorial.server.constants import constants
 
 
-def numerical_rank(singular_values: Float[Tensor, " inputs"], outputs: int, floor: float) -> int:
+def numerical_rank(
+    singular_values: Float[Tensor, " known"],
+    outputs: int,
+    floor: float,
+    *,
+    inputs: int | None = None,
+    beyond: float = 0.0,
+) -> int:
     """Count the singular values that noise cannot explain.
 
     Noise of equal variance has a largest singular value of sigma * (sqrt(outputs) + sqrt(inputs)) (the edge of
@@ -21,48 +28,55 @@ def numerical_rank(singular_values: Float[Tensor, " inputs"], outputs: int, floo
     is moved there.
 
     Args:
-        singular_values: float64, falling.
+        singular_values: float64, falling: all, or the first ones.
         outputs: Number of rows of the matrix they belong to.
         floor: The least noise there can be, as a singular value: rounding of what was stored.
+        inputs: Number of columns of the matrix, where not all singular values are known.
+        beyond: The sum of the squares of those that are not.
 
     Returns:
-        The rank, from 0 to the number of inputs.
+        The rank, from 0 to the number of singular values that are known.
 
     Example:
         >>> numerical_rank(torch.tensor([5.0, 4.0, 1e-7, 1e-7], dtype=torch.float64), 6, 1e-8)
         2
     """
-    values = singular_values.tolist()
-    energies = singular_values.square().flip(0).cumsum(0).flip(0).tolist()
+    values, inputs = singular_values.tolist(), inputs or len(singular_values)
+    energies = (singular_values.square().flip(0).cumsum(0).flip(0) + beyond).tolist()
     rank = 0
-    while rank < min(len(values), outputs) and values[rank] > noise_edge(energies, outputs, rank, floor):
+    while rank < min(len(values), outputs) and values[rank] > noise_edge(
+        energies[rank], outputs - rank, inputs - rank, floor
+    ):
         rank += 1
-    edge = noise_edge(energies, outputs, rank, floor)
+    left = energies[rank] if rank < len(values) else beyond
+    edge = noise_edge(left, outputs - rank, inputs - rank, floor)
     for reach in (constants().clear_gap * edge, constants().largest_rounding * floor):
-        ratio, cut = _widest_gap(values, rank, reach, floor)
+        ratio, cut = _widest_gap(values, rank, reach, floor if len(values) == inputs else math.inf)
         if ratio >= constants().clear_gap:
             return cut
     return rank
 
 
-def noise_edge(energies: list[float], outputs: int, cut: int, floor: float) -> float:
-    """The largest singular value of noise whose energy is what lies beyond a cut.
+def noise_edge(energy: float, rows: int, columns: int, floor: float) -> float:
+    """The largest singular value of a matrix of noise.
 
     Args:
-        energies: For each cut the sum of the squared singular values from there on.
-        outputs: Number of rows of the matrix.
-        cut: How many directions are taken for signal.
+        energy: The sum of the squares of its entries.
+        rows: Number of its rows, less the directions taken for signal.
+        columns: Number of its columns, likewise.
         floor: The least noise there can be.
     """
-    rows, columns = outputs - cut, len(energies) - cut
     if rows <= 0 or columns <= 0:
         return floor
-    return max(floor, math.sqrt(energies[cut] / (rows * columns)) * (math.sqrt(rows) + math.sqrt(columns)))
+    return max(floor, math.sqrt(energy / (rows * columns)) * (math.sqrt(rows) + math.sqrt(columns)))
 
 
-def _widest_gap(values: list[float], rank: int, reach: float, floor: float) -> tuple[float, int]:
-    """The largest ratio of neighbours of which the lower lies within reach of the noise, and the cut between them."""
-    following = [*values[1:], floor]
+def _widest_gap(values: list[float], rank: int, reach: float, last: float) -> tuple[float, int]:
+    """The largest ratio of neighbours of which the lower lies within reach of the noise, and the cut between them.
+
+    What follows the last value is `last`: the least noise there can be, or infinite where it is not known.
+    """
+    following = [*values[1:], last]
     gaps = [
         (values[cut - 1] / max(following[cut - 1], 1e-300), cut)
         for cut in range(1, rank + 1)

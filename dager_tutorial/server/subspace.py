@@ -20,8 +20,9 @@ from torch import Tensor
 
 from dager_tutorial.models.tap import precise
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decomposition import Spectrum, Tail, tail_of
 from dager_tutorial.server.odds import least_log_odds, residual_log_odds
-from dager_tutorial.server.rank import numerical_rank, right_singular, rounding_floor
+from dager_tutorial.server.rank import right_singular
 
 
 @dataclass(frozen=True)
@@ -29,25 +30,79 @@ class Span:
     """The row space of one tap's gradient with its noise.
 
     Attributes:
-        directions: float64, the right singular vectors as columns: first the signal, then the rest.
-        singular_values: float64, falling, of the gradient with its outputs scaled to equal noise.
-        rank: How many directions carry signal.
+        signal: float64, right singular vectors of the signal as columns.
+        strengths: float64, their singular values, falling, of the gradient with its outputs scaled to equal noise.
+        tail: What is known of the noise.
         outputs: How many outputs have a gradient at all.
         arithmetic: Relative rounding error of the vectors that are tested against the span.
         device: Where vectors are tested; None for where the directions are, which need float64.
+        matrix: float64, the scaled gradient; of use only where the whole spectrum is not known yet.
+        known: The whole spectrum, where it was computed.
     """
 
-    directions: Float[Tensor, "inputs inputs"]
-    singular_values: Float[Tensor, " inputs"]
-    rank: int
+    signal: Float[Tensor, "inputs rank"]
+    strengths: Float[Tensor, " rank"]
+    tail: Tail
     outputs: int
     arithmetic: float = 0.0
     device: torch.device | None = None
+    matrix: Float[Tensor, "outputs inputs"] | None = None
+    known: Spectrum | None = None
+
+    @classmethod
+    def cut(
+        cls,
+        directions: Float[Tensor, "inputs inputs"],
+        singular_values: Float[Tensor, " inputs"],
+        rank: int,
+        outputs: int,
+        arithmetic: float = 0.0,
+    ) -> Span:
+        """A span from a whole spectrum, cut at a rank.
+
+        Args:
+            directions: float64, the right singular vectors as columns.
+            singular_values: float64, falling.
+            rank: How many directions carry signal.
+            outputs: How many outputs have a gradient at all.
+            arithmetic: Relative rounding error of the vectors that are tested against the span.
+        """
+        spectrum = Spectrum(singular_values, directions)
+        tail = tail_of(singular_values[rank:])
+        return cls(directions[:, :rank], singular_values[:rank], tail, outputs, arithmetic, known=spectrum)
+
+    @cached_property
+    def _spectrum(self) -> Spectrum:
+        """The whole spectrum, computed when it is first asked for."""
+        if self.known is not None:
+            return self.known
+        assert self.matrix is not None, "a span has its whole spectrum or the matrix that it is read off"
+        return Spectrum(*right_singular(self.matrix))
+
+    @property
+    def directions(self) -> Float[Tensor, "inputs inputs"]:
+        """All right singular vectors (float64) as columns: first the signal, then the rest."""
+        return self._spectrum.directions
+
+    @property
+    def singular_values(self) -> Float[Tensor, " inputs"]:
+        """All singular values (float64), falling."""
+        return self._spectrum.values
+
+    @property
+    def rank(self) -> int:
+        """How many directions carry signal."""
+        return self.signal.shape[1]
 
     @property
     def width(self) -> int:
         """Number of inputs."""
-        return self.directions.shape[0]
+        return self.signal.shape[0]
+
+    @property
+    def free(self) -> int:
+        """Number of directions outside."""
+        return self.width - self.rank
 
     @property
     def clear(self) -> bool:
@@ -72,37 +127,29 @@ class Span:
         """
         return self.saturated or (not self.clear and 2 * self.rank >= self.width)
 
-    @cached_property
-    def _tail(self) -> tuple[float, float]:
-        """Sums of the second and the fourth powers of the singular values of the noise."""
-        squares = self.singular_values[self.rank :].square()
-        return squares.sum().item(), squares.square().sum().item()
-
     @property
     def noise(self) -> float:
         """Noise energy outside the span, per unit of squared coefficients (dimensionless, squared)."""
-        return self._tail[0] / max(self.outputs - self.rank, 1)
+        return self.tail.energy / max(self.outputs - self.rank, 1)
 
     @property
     def noise_floor(self) -> float:
         """Root mean square of a noise entry over that of an entry of the gradient, outputs scaled to equal noise."""
         free = max(self.outputs - self.rank, 1) * max(self.width - self.rank, 1)
-        whole = self.singular_values.square().sum().item() / (self.outputs * self.width)
-        return math.sqrt(self._tail[0] / free / whole)
+        whole = (self.strengths.square().sum().item() + self.tail.energy) / (self.outputs * self.width)
+        return math.sqrt(self.tail.energy / free / whole)
 
     @property
     def gap(self) -> float:
         """Ratio of the last signal to the first noise singular value; infinite where the noise is exactly zero."""
         if self.rank == 0 or self.rank >= self.width:
             return 1.0
-        below = self.singular_values[self.rank].item()
-        return self.singular_values[self.rank - 1].item() / below if below > 0 else math.inf
+        return self.strengths[-1].item() / self.tail.largest if self.tail.largest > 0 else math.inf
 
     @property
     def freedom(self) -> float:
         """Effective number of noise directions outside the span (Satterthwaite)."""
-        energy, fourth = self._tail
-        return max(energy**2 / fourth, 1.0) if fourth > 0 else 1.0
+        return max(self.tail.energy**2 / self.tail.fourth, 1.0) if self.tail.fourth > 0 else 1.0
 
     @cached_property
     def bound(self) -> float:
@@ -112,7 +159,7 @@ class Span:
     @cached_property
     def random_ratio(self) -> float:
         """The z of a random direction: how far a vector lies outside that has nothing to do with the span."""
-        leverage = self.singular_values[: self.rank].square().reciprocal().sum().item() / self.width
+        leverage = self.strengths.square().reciprocal().sum().item() / self.width
         expected = self.noise * leverage + self.arithmetic**2
         return math.sqrt((1 - self.rank / self.width) / max(expected, 1e-300))
 
@@ -124,16 +171,30 @@ class Span:
     @property
     def worst(self) -> float:
         """The largest residual a true row of length 1 may have: where the weakest direction makes all of it up."""
-        weakest = self.singular_values[self.rank - 1].item() if self.rank else 1.0
+        weakest = self.strengths[-1].item() if self.rank else 1.0
         return self.bound * math.sqrt(self.noise / weakest**2 + self.arithmetic**2)
 
     @cached_property
-    def _coefficients(self) -> Tensor:
-        return self.directions.float().to(self.device or self.directions.device)
+    def _basis(self) -> Tensor:
+        """The signal in float32, where vectors are tested."""
+        return self.signal.float().to(self.device or self.signal.device)
 
     @cached_property
     def _weights(self) -> Tensor:
-        return (1.0 / self.singular_values[: self.rank]).float().to(self._coefficients.device)
+        return (1.0 / self.strengths).float().to(self._basis.device)
+
+    @cached_property
+    def _complement(self) -> Tensor | None:
+        """The rest in float32, where it is known; else what lies in the signal is subtracted."""
+        return None if self.known is None else self.known.directions[:, self.rank :].float().to(self._basis.device)
+
+    def _outside(self, vectors: Tensor, coefficients: Tensor) -> Tensor:
+        """Squared lengths (rows) of what vectors have outside the span, given their coefficients inside."""
+        if self._complement is not None:
+            return (vectors @ self._complement).square().sum(1)
+        rest = torch.addmm(vectors, coefficients, self._basis.T, alpha=-1)
+        # Coefficients are rounded as their vectors are long, and the error lies inside the span: once more removes it.
+        return torch.addmm(rest, rest @ self._basis, self._basis.T, alpha=-1).square().sum(1)
 
     def ratio(self, vectors: Float[Tensor, "rows inputs"]) -> Float[Tensor, " rows"]:
         """Residual of each vector in units of the residual that a true row has: z.
@@ -149,11 +210,12 @@ class Span:
             float32; infinite for a zero vector.
         """
         vectors = vectors.float()
-        signal, rest = (vectors @ self._coefficients).tensor_split([self.rank], dim=1)
-        leverage = (signal * self._weights).square().sum(1)
+        coefficients = vectors @ self._basis
+        leverage = (coefficients * self._weights).square().sum(1)
         size = vectors.square().sum(1)
         expected = self.noise * leverage + self.arithmetic**2 * size
-        return torch.where(size > 0, (rest.square().sum(1) / expected.clamp(min=1e-37)).sqrt(), math.inf)
+        outside = self._outside(vectors, coefficients)
+        return torch.where(size > 0, (outside / expected.clamp(min=1e-37)).sqrt(), math.inf)
 
     def holds(self, vectors: Float[Tensor, "rows inputs"]) -> Bool[Tensor, " rows"]:
         """The hard test: which vectors are rows, as far as the residual tells.
@@ -189,9 +251,9 @@ class Span:
             float32, of the vectors scaled to length 1.
         """
         least = self.singular_values[0] * constants().projection_error
-        weights = (1.0 / self.singular_values.clamp(min=least)).float().to(self._coefficients.device)
+        weights = 1.0 / self.singular_values.clamp(min=least)
         vectors = vectors.float()
-        leverage = ((vectors @ self._coefficients) * weights).square().sum(1)
+        leverage = (vectors @ (self.directions * weights).float().to(self._basis.device)).square().sum(1)
         return leverage.clamp(min=1e-37).log() - vectors.square().sum(1).clamp(min=1e-37).log()
 
     def screen(self, count: int, generator: torch.Generator) -> Float[Tensor, "inputs chosen"]:
@@ -204,66 +266,18 @@ class Span:
         Returns:
             float32.
         """
-        rest = self.directions[:, self.rank :]
-        free = rest.shape[1]
-        if count >= free:
-            return self._coefficients[:, self.rank :]
-        mix = torch.randn(free, count, generator=generator, dtype=torch.float64).to(rest.device)
-        mix = torch.linalg.qr(mix).Q * math.sqrt(free / count)
-        return (rest @ mix).float().to(self._coefficients.device)
+        scale = math.sqrt(max(self.free / count, 1.0))
+        return (self.outside(count, generator) * scale).float().to(self._basis.device)
 
+    def outside(self, count: int, generator: torch.Generator) -> Float[Tensor, "inputs chosen"]:
+        """Random orthonormal directions (float64) of the complement; all of them where there are no more.
 
-def span_of(
-    gradient: Float[Tensor, "outputs inputs"],
-    *,
-    precision: float = 2.0**-23,
-    arithmetic: float = 0.0,
-    device: torch.device | None = None,
-) -> Span | None:
-    """Read the span of a layer's inputs off its gradient.
-
-    The gradient's outputs are first scaled to equal noise: rounding noise is proportional to an output's gradient;
-    noise that was added is not, and shows in what is left outside a first estimate of the span.
-
-    Args:
-        gradient: float64; each row is a combination of the layer's input vectors plus noise.
-        precision: Machine epsilon of the type in which the gradient was stored (2^-23 for float32).
-        arithmetic: Relative rounding error of the vectors that will be tested.
-        device: Where vectors will be tested; None for the gradient's own device.
-
-    Returns:
-        The span, or None where the gradient is zero.
-
-    Example:
-        >>> inputs = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        >>> gradient = torch.randn(60, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) @ inputs
-        >>> span_of(gradient.float().double()).rank
-        5
-    """
-    gradient = gradient[gradient.norm(dim=1) > 0]
-    if not len(gradient):
-        return None
-    arithmetic = math.hypot(arithmetic, constants().projection_error)
-    # Rounding: noise in proportion to each output's gradient. Where much more is left, it is measured instead.
-    scaled = gradient / gradient.norm(dim=1, keepdim=True)
-    values, directions, rank, floor = _decompose(scaled, precision)
-    if rank < len(values) and values[rank] > constants().uneven_rounding * floor:
-        scaled = _evened(gradient, precision, otherwise=scaled)
-        values, directions, rank, _ = _decompose(scaled, precision)
-    return Span(directions, values, rank, len(scaled), arithmetic, device)
-
-
-def _evened(gradient: Tensor, precision: float, otherwise: Tensor) -> Tensor:
-    """The gradient with its outputs scaled by the noise that each leaves outside a first estimate of the span."""
-    values, directions, rank, _ = _decompose(gradient, precision)
-    if rank >= len(values):
-        return otherwise
-    noise = (gradient @ directions[:, rank:]).norm(dim=1)
-    return gradient / noise.clamp(min=1e-6 * noise.max().item())[:, None]
-
-
-def _decompose(gradient: Tensor, precision: float) -> tuple[Tensor, Tensor, int, float]:
-    """Singular values, right singular vectors, rank and rounding floor of outputs x inputs, float64."""
-    values, directions = right_singular(gradient)
-    floor = rounding_floor(gradient, precision)
-    return values, directions, numerical_rank(values, len(gradient), floor), floor
+        Args:
+            count: How many, at most.
+            generator: Source of randomness, on the CPU.
+        """
+        if count >= self.free:
+            return self.directions[:, self.rank :]
+        # Drawn outside any basis: rounding turns the basis, and the mixtures must be the same on every machine.
+        mix = torch.randn(self.width, count, generator=generator, dtype=torch.float64).to(self.signal.device)
+        return torch.linalg.qr(mix - self.signal @ (self.signal.T @ mix)).Q

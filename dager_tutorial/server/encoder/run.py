@@ -107,9 +107,9 @@ def _search(evidence: Evidence, candidates: Candidates, budget: Budget, without:
     span = evidence.span(adapter.tap(0, ATTENTION_OUTPUT))
     assert span is not None
     clues = _clues(evidence, candidates, span, incident="incidence" not in without)
-    block = first_block(adapter, clues.tokens, len(clues.wide), span.directions[:, span.rank :])
+    block = first_block(adapter, clues.tokens, len(clues.wide), span)
     generator = budget.generator()
-    directions = block.by_heads(block.mixture(constants().polish_directions, generator).float().to(block.query.device))
+    directions = block.mixture(constants().polish_directions, generator).to(block.query)
     return TextSearch(
         clues,
         Confirmer(adapter, tuple(clues.tokens.tolist()), block, span, deeper),
@@ -123,7 +123,7 @@ def _search(evidence: Evidence, candidates: Candidates, budget: Budget, without:
 def _clues(evidence: Evidence, candidates: Candidates, span: Span, *, incident: bool) -> Clues:
     """What block 0 says of the pairs, with or without the incidence."""
     where, together = _incidence(evidence, candidates) if incident else (None, None)
-    return clues_of(candidates, where, together, span.directions.device)
+    return clues_of(candidates, where, together, span.signal.device)
 
 
 def _incidence(evidence: Evidence, candidates: Candidates) -> tuple[Incidence | None, Tensor | None]:

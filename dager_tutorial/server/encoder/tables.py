@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dager_tutorial.models.adapter import EncoderAdapter, Projections
+from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates
 from dager_tutorial.server.unmixing import Incidence
 
@@ -99,14 +100,14 @@ class FirstBlock:
         key: float32.
         value: float32.
         scaling: The factor on query-key products.
-        outside: float64, an orthonormal basis of what lies outside the attention-output gradient's span.
+        span: The span of the attention-output gradient.
     """
 
     query: Float[Tensor, "positions tokens heads width"]
     key: Float[Tensor, "positions tokens heads width"]
     value: Float[Tensor, "positions tokens heads width"]
     scaling: float
-    outside: Float[Tensor, "inputs free"]
+    span: Span
 
     def rows(self, text: Sequence[int]) -> Projections:
         """Queries, keys and values (float32) of a text.
@@ -117,29 +118,21 @@ class FirstBlock:
         places = list(range(len(text)))
         return self.query[places, list(text)], self.key[places, list(text)], self.value[places, list(text)]
 
-    def by_heads(self, directions: Float[Tensor, "inputs chosen"]) -> Float[Tensor, "heads width chosen"]:
-        """Directions taken apart by the head that they read."""
-        return directions.unflatten(0, tuple(self.query.shape[2:]))
-
-    def mixture(self, count: int, generator: torch.Generator) -> Float[Tensor, "inputs chosen"]:
-        """Random orthonormal directions (float64) outside the span.
+    def mixture(self, count: int, generator: torch.Generator) -> Float[Tensor, "heads width chosen"]:
+        """Random orthonormal directions (float64) outside the span, taken apart by the head that they read.
 
         Args:
             count: How many, at most; all there are where they are fewer.
             generator: Source of randomness, on the CPU.
         """
-        if count >= self.outside.shape[1]:
-            return self.outside
-        mix = torch.randn(len(self.outside), count, generator=generator, dtype=torch.float64)
-        # Drawn outside any basis: rounding turns the basis, and the mixtures must be the same on every machine.
-        return torch.linalg.qr(self.outside @ (self.outside.T @ mix.to(self.outside.device))).Q
+        return self.span.outside(count, generator).unflatten(0, tuple(self.query.shape[2:]))
 
 
 def first_block(
     adapter: EncoderAdapter,
     tokens: Int[Tensor, " tokens"],
     positions: int,
-    outside: Float[Tensor, "inputs free"],
+    span: Span,
 ) -> FirstBlock:
     """Compute block 0's queries, keys and values of all pairs.
 
@@ -147,11 +140,11 @@ def first_block(
         adapter: The architecture.
         tokens: int64, the distinct candidates.
         positions: How many positions hold a token.
-        outside: float64, directions outside the span of the attention-output gradient.
+        span: The span of the attention-output gradient.
     """
     source, parts = adapter.first_input, []
     tokens = tokens.to(source.tokens.device)
     for position in range(positions):
         parts.append(adapter.project(0, source.vectors(tokens, torch.full_like(tokens, position))))
     query, key, value = (torch.stack(part) for part in zip(*parts, strict=True))
-    return FirstBlock(query, key, value, adapter.scaling(0), outside)
+    return FirstBlock(query, key, value, adapter.scaling(0), span)

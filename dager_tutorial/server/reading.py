@@ -1,0 +1,65 @@
+"""From a gradient to the span of its layer's inputs: outputs scaled to equal noise, then taken apart (chapter 2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decomposition import signal_of
+from dager_tutorial.server.subspace import Span
+
+
+def span_of(
+    gradient: Float[Tensor, "outputs inputs"],
+    *,
+    precision: float = 2.0**-23,
+    arithmetic: float = 0.0,
+    device: torch.device | None = None,
+    guess: int = 0,
+) -> Span | None:
+    """Read the span of a layer's inputs off its gradient.
+
+    The gradient's outputs are first scaled to equal noise: rounding noise is proportional to an output's gradient;
+    noise that was added is not, and shows in what is left outside a first estimate of the span.
+
+    Args:
+        gradient: float64; each row is a combination of the layer's input vectors plus noise.
+        precision: Machine epsilon of the type in which the gradient was stored (2^-23 for float32).
+        arithmetic: Relative rounding error of the vectors that will be tested.
+        device: Where vectors will be tested; None for the gradient's own device.
+        guess: About how many directions the signal may have, where something is known: it costs time if wrong.
+
+    Returns:
+        The span, or None where the gradient is zero.
+
+    Example:
+        >>> inputs = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        >>> gradient = torch.randn(60, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) @ inputs
+        >>> span_of(gradient.float().double()).rank
+        5
+    """
+    gradient = gradient[gradient.norm(dim=1) > 0]
+    if not len(gradient):
+        return None
+    arithmetic = math.hypot(arithmetic, constants().projection_error)
+    # Rounding: noise in proportion to each output's gradient. Where much more is left, it is measured instead.
+    matrix = gradient / gradient.norm(dim=1, keepdim=True)
+    found = signal_of(matrix, precision, guess=guess)
+    if found.tail.largest > constants().uneven_rounding * found.floor:
+        matrix = _evened(gradient, precision, otherwise=matrix)
+        found = signal_of(matrix, precision, guess=guess)
+    spectrum = {"matrix": matrix} if found.complete is None else {"known": found.complete}
+    return Span(found.directions, found.values, found.tail, len(matrix), arithmetic, device, **spectrum)
+
+
+def _evened(gradient: Tensor, precision: float, otherwise: Tensor) -> Tensor:
+    """The gradient with its outputs scaled by the noise that each leaves outside a first estimate of the span."""
+    signal = signal_of(gradient, precision).directions
+    if signal.shape[1] == gradient.shape[1]:
+        return otherwise
+    noise = (gradient - (gradient @ signal) @ signal.T).norm(dim=1)
+    return gradient / noise.clamp(min=1e-6 * noise.max().item())[:, None]
