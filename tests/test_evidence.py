@@ -124,11 +124,18 @@ def test_what_was_read_is_read_once_and_counted(tiny_llama: LanguageModel) -> No
     assert span is not None and span.arithmetic >= evidence.arithmetic(tap)
 
 
-def test_precision_is_the_coarsest_that_was_shared(tiny_gpt2: LanguageModel, tiny_bert: LanguageModel) -> None:
+def test_precision_is_the_coarsest_that_was_shared_or_that_the_numbers_show(
+    tiny_gpt2: LanguageModel, tiny_bert: LanguageModel
+) -> None:
     gradients = client_update(tiny_gpt2, ["the dog is good"]).gradients
     assert evidence_of(tiny_gpt2, Update(gradients)).precision == torch.float32
     one, *_ = (name for name in gradients if name.endswith("c_attn.weight"))
     mixed = Update(gradients | {one: gradients[one].bfloat16()})
     assert evidence_of(tiny_gpt2, mixed).precision == torch.bfloat16
+    wide = Update({name: tensor.double() for name, tensor in gradients.items()})
+    assert evidence_of(tiny_gpt2, wide).precision == torch.float32
+    for dtype in (torch.float16, torch.bfloat16):
+        cast = Update({name: tensor.to(dtype).float() for name, tensor in gradients.items()})
+        assert evidence_of(tiny_gpt2, cast).precision == dtype
     with pytest.raises(UpdateError, match="name the model that the client used"):
         evidence_of(tiny_bert, mixed)

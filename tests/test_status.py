@@ -219,6 +219,20 @@ def test_other_precisions_confirm_nothing_false(model: LanguageModel, dtype: str
             assert_exact(found, wanted, Status.ENDS_CONFIRMED)
 
 
+@every(*TINY)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_was_rounded_before_it_was_stored_is_no_different(
+    model: LanguageModel, dtype: str, random_texts: Draw
+) -> None:
+    """Clients train in low precision, or cast for the journey, and send float32 all the same."""
+    texts = random_texts(2, 9)
+    for update in (client_update(model, texts, config=ClientConfig(dtype=dtype)), client_update(model, texts)):
+        low = {name: tensor.to(getattr(torch, dtype)) for name, tensor in update.gradients.items()}
+        found = [attack(model, Update(each)) for each in (low, {name: x.float() for name, x in low.items()})]
+        assert set(found[0].sequences) == truth(model, texts)
+        assert replace(found[0], seconds={}, peak_rss_mb=0.0) == replace(found[1], seconds={}, peak_rss_mb=0.0)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_512_tokens(task: str) -> None:
     """All where each carries a loss; where only the last one does, the early ones' gradients drown in rounding."""

@@ -31,7 +31,7 @@ class Evidence:
     Attributes:
         adapter: The architecture.
         gradients: Gradients by backbone parameter name.
-        precision: The coarsest dtype among them.
+        precision: The coarsest dtype among them, and that block 0's numbers show, whatever they are stored in.
         watch: Credits the time that reading takes to the stage `subspace`.
         spans: What was read, None where nothing was shared or all is zero.
     """
@@ -145,5 +145,15 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
     """
     adapter = adapter_for(model.network)
     gradients = {name: tensor.to(model.device) for name, tensor in update.for_backbone(model.network).items()}
-    coarsest = max((tensor.dtype for tensor in gradients.values()), key=lambda dtype: torch.finfo(dtype).eps)
+    kinds = [tensor.dtype for tensor in gradients.values()]
+    first = adapter.tap(0, QKV).gradient(gradients)
+    if first is not None:
+        kinds.append(_narrowest(first))
+    coarsest = max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
     return Evidence(adapter, gradients, coarsest, watch or Stopwatch())
+
+
+def _narrowest(gradient: Tensor) -> torch.dtype:
+    """The narrowest type that holds all numbers: what was computed in bfloat16 may travel as float32."""
+    narrow = (torch.bfloat16, torch.float16, torch.float32)
+    return next((dtype for dtype in narrow if torch.equal(gradient.to(dtype).to(gradient), gradient)), gradient.dtype)
