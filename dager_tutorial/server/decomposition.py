@@ -119,7 +119,7 @@ def _sketched(matrix: Tensor, precision: float, guess: int) -> Signal | None:
             tail = Tail(behind.energy + energy, behind.fourth + fourth, behind.largest)
             clear = not rank or values[rank - 1] >= constants().clear_gap * tail.largest
             return Signal(values[:rank], directions[:, :rank], tail, None, floor) if clear else None
-        size = min(size * constants().growth, most) if size < most else most + 1
+        size = min(size * constants().growth + spare, most) if size < most else most + 1
     return None
 
 
