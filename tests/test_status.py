@@ -207,7 +207,7 @@ def prefixes(sequences: Sequence[Tokens] | set[Tokens], one: bool) -> set[Tokens
 @every(*TINY)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_precisions_confirm_nothing_false(model: LanguageModel, dtype: str, random_texts: Draw) -> None:
-    for size, seed in [(1, 7), (2, 9), (3, 12), (4, 13)]:
+    for size, seed in [(1, 7), (2, 9), (3, 12)]:
         texts = random_texts(size, seed)
         wanted, found = truth(model, texts), recover(model, texts, dtype=dtype)
         assert found.confirmed and set(found.confirmed) <= wanted
@@ -219,8 +219,7 @@ def test_other_precisions_confirm_nothing_false(model: LanguageModel, dtype: str
             assert_exact(found, wanted, Status.ENDS_CONFIRMED)
 
 
-@every(*TINY)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("model, dtype", [("tiny_gpt2", "bfloat16"), ("tiny_llama_bos", "float16")], indirect=["model"])
 def test_what_was_rounded_before_it_was_stored_is_no_different(
     model: LanguageModel, dtype: str, random_texts: Draw
 ) -> None:
