@@ -38,7 +38,7 @@ def numerical_rank(
         The rank, from 0 to the number of singular values that are known.
 
     Example:
-        >>> numerical_rank(torch.tensor([5.0, 4.0, 1e-7, 1e-7], dtype=torch.float64), 6, 1e-8)
+        >>> numerical_rank(torch.tensor([5.0, 4.0, *[1e-7] * 30], dtype=torch.float64), 60, 1e-8)
         2
     """
     values, inputs = singular_values.tolist(), inputs or len(singular_values)
