@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 from helpers import every, truth
@@ -14,6 +15,7 @@ from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, QUERY
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
+from dager_tutorial.server.decoder.run import _Found
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.evidence import Evidence, evidence_of
 
@@ -137,3 +139,21 @@ def test_all_true_prefixes_and_the_ends_of_random_batches(model: LanguageModel, 
     tree = planted(model, texts, rotary=model.name != "tiny-gpt2")
     found = ends(read(model, texts), tree)
     assert tokens_of(tree, found.nodes) == tokens_of(tree, found.confirmed) == truth(model, texts)
+
+
+def test_as_many_ends_as_the_rank_allows_prove_nothing_where_more_pass(
+    tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In noise neighbours pass, too, and the likeliest are taken: that they are as many as the rank is no count."""
+    tree, evidence = planted(tiny_gpt2, BEGINNINGS), read(tiny_gpt2, BEGINNINGS)
+    adapter = evidence.adapter
+    assert isinstance(adapter, DecoderAdapter)
+    last = evidence.present(adapter.tap(adapter.num_blocks - 1, ATTENTION_OUTPUT))
+    ((tap, span),) = last.items()
+    for more, complete in ((0, True), (1, False)):
+        ratios = {index: 0.5 if place < span.rank + more else 1e9 for place, index in enumerate(tree.real())}
+        monkeypatch.setattr("dager_tutorial.server.decoder.ends._last_ratios", lambda *_, found=ratios: {tap: found})
+        texts = whole_texts(adapter, tree, last)
+        assert (texts.crowded, len(texts.confirmed)) == (not complete, span.rank)
+        only = replace(texts, nodes=tuple(sorted(texts.confirmed)))
+        assert _Found(tree, only, {}, last).ends.complete is complete

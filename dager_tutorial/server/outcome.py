@@ -47,7 +47,7 @@ class Ends:
         seen: Whether it tells ends from other places at all; under a loss that reads every token it does not.
         confirmed: How many of the reported texts end where it has a row.
         reported: How many texts are reported.
-        rank: How many ends it has, where its rank is clear; else None.
+        rank: How many ends it has, where its rank is clear and no more prefixes passed than it allows; else None.
     """
 
     seen: bool

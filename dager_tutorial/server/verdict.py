@@ -106,7 +106,7 @@ def of_leverage(ends: Ends, confirmed: int, *, late: bool) -> Verdict:
     if not ends.seen:
         said = "no block left to confirm a text"
     else:
-        said = f"{confirmed} of {ends.rank} texts confirmed by the last block"
+        said = f"{_of(confirmed, ends.rank)} texts confirmed by the last block"
     reason = f"about as many prefixes as the model is wide, told by leverage alone: {said}"
     if late:
         return Status.OUT_OF_TIME, f"{reason} when the time budget was spent"

@@ -29,11 +29,14 @@ class Texts:
         nodes: Indices of the tree's nodes at which a text ends.
         confirmed: Those of them where the last block has a row.
         seen: Whether the last block tells ends from other places at all.
+        crowded: Whether more prefixes passed its tests than its rank allows, so that the likeliest were taken: as many
+            ends as the rank tells prove nothing then.
     """
 
     nodes: tuple[int, ...]
     confirmed: frozenset[int]
     seen: bool
+    crowded: bool = False
 
 
 def whole_texts(adapter: DecoderAdapter, tree: Tree, last: Mapping[Tap, Span], *, complete: bool = False) -> Texts:
@@ -52,31 +55,34 @@ def whole_texts(adapter: DecoderAdapter, tree: Tree, last: Mapping[Tap, Span], *
     leaves = tree.leaves()
     if not last or not leaves:
         return Texts(tuple(leaves), frozenset(), seen=False)
-    ends, inside = _ends(adapter, tree, leaves, last)
+    ends, inside, crowded = _ends(adapter, tree, leaves, last)
     if not inside:
         return Texts(tuple(leaves), frozenset(), seen=False)
     # A leaf that is no end is a text cut short, unless a text ends on the way to it: then it is a stray extension.
     cut = [leaf for leaf in leaves if leaf not in ends and (complete or not ends & set(tree.path(leaf)))]
     room = len(cut) if complete else max(0, max(span.rank for span in last.values()) - len(ends))
     longest = sorted(cut, key=lambda leaf: (-len(tree.nodes[leaf].tokens), tree.nodes[leaf].ratio))[:room]
-    return Texts(tuple(sorted(ends.union(longest))), frozenset(ends), seen=True)
+    return Texts(tuple(sorted(ends.union(longest))), frozenset(ends), seen=True, crowded=crowded)
 
 
 def _ends(
     adapter: DecoderAdapter, tree: Tree, leaves: list[int], last: Mapping[Tap, Span]
-) -> tuple[set[int], set[int]]:
-    """Prefixes that the last block has rows of, and those it has not, by one forward pass over the leaves."""
+) -> tuple[set[int], set[int], bool]:
+    """Prefixes that the last block has rows of, and those it has not, by one forward pass over the leaves.
+
+    The third is True where more prefixes pass than the rank allows, so that the likeliest were taken.
+    """
     ratios = _last_ratios(adapter, tree, leaves, last)
     # Where every token carries a loss none is surely without a row, though a small one may drown in rounding, and
     # sooner a query's than its attention output's.
     steadiest = min(last, key=lambda tap: tap.kind == QUERY)
     surely_none = last[steadiest].between / last[steadiest].bound
     if all(ratio <= surely_none for ratio in ratios[steadiest].values()):
-        return set(ratios[steadiest]), set()
+        return set(ratios[steadiest]), set(), False
     worst = {index: max(ratios[tap][index] for tap in last) for index in ratios[steadiest]}
-    ends = {index for index, ratio in worst.items() if ratio <= 1}
-    ends = _possible(tree, ends, worst, max(span.rank for span in last.values()))
-    return ends, set(worst) - ends
+    passing = {index for index, ratio in worst.items() if ratio <= 1}
+    ends = _possible(tree, passing, worst, max(span.rank for span in last.values()))
+    return ends, set(worst) - ends, ends != passing
 
 
 def _last_ratios(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY, Tap
@@ -34,7 +34,8 @@ class _Found:
 
     @property
     def ends(self) -> Ends:
-        rank = max((span.rank for span in self.last.values() if span.clear), default=None)
+        clear = [span.rank for span in self.last.values() if span.clear]
+        rank = None if self.texts.crowded else max(clear, default=None)
         return Ends(self.texts.seen, len(self.texts.confirmed), len(self.texts.nodes), rank)
 
     def outcome(self, status: Status, diagnosis: str) -> Outcome:
@@ -146,4 +147,4 @@ def _likeliest(found: _Found) -> _Found:
     rest.sort(key=lambda node: found.tree.nodes[node].ratio)
     room = max((span.rank for span in found.last.values()), default=constants().widest) - len(confirmed)
     kept = (*confirmed, *rest[: max(0, room)])
-    return _Found(found.tree, Texts(kept, found.texts.confirmed, found.texts.seen), found.tested, found.last)
+    return _Found(found.tree, replace(found.texts, nodes=kept), found.tested, found.last)
