@@ -74,6 +74,8 @@ class Counts(NamedTuple):
 STATUSES = (
     (Counts(), "texts_complete", "All promised prefixes were confirmed, and every text to its end."),
     (Counts(ends=None, promised_ends=None), "rows_complete", "Every row is explained, and nothing shows the ends."),
+    (Counts(promised_ends=None), "rows_complete", "Noise hides how many ends there are: one may be missing."),
+    (Counts(promised_ends=5), "rows_complete", "Every row is explained; one end more is promised than was found."),
     (Counts(ends=3), "partial", "A text ends where the last block has no row."),
     (Counts(prefixes=50), "partial", "Prefixes are missing."),
     (Counts(prefixes=57), "partial", "More pass than there can be: some are too alike to be told apart."),
