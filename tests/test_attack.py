@@ -129,7 +129,7 @@ def test_the_order_of_the_batch_and_the_scale_of_the_loss_do_not_matter(
 def test_any_part_of_the_early_blocks_is_enough(model: LanguageModel, random_texts: Draw) -> None:
     texts = random_texts(3, 8)
     wanted, whole = truth(model, texts), client_update(model, texts).gradients
-    assert_exact(recover(model, texts, share="attention"), wanted)
+    assert_exact(recover(model, texts, share="attention"), wanted, Status.TEXTS_COMPLETE)
     maps = ("c_attn", "q_proj", "k_proj", "v_proj")
     for chosen in (
         [name for name in whole if ".0." in name or ".1." in name],
@@ -140,8 +140,8 @@ def test_any_part_of_the_early_blocks_is_enough(model: LanguageModel, random_tex
         found = recover(model, texts, share=chosen)
         assert_exact(found, wanted)
         assert 0 < found.n_parameters_used <= sum(whole[name].numel() for name in chosen)
-        last_is_shared = any(".2." in name for name in chosen)
-        assert found.status is (Status.TEXTS_COMPLETE if last_is_shared else Status.ROWS_COMPLETE)
+        # Queries alone do not tell whether a first token is a text: a softmax over one key has no gradient.
+        assert found.status is Status.ROWS_COMPLETE
 
 
 @every(*TINY, "qwen2")

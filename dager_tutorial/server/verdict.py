@@ -85,6 +85,8 @@ def _of_all_prefixes(rows: int, ends: Ends) -> Verdict:
         return Status.ROWS_COMPLETE, f"all {rows} distinct prefixes are explained; no tap shows where texts end"
     if not ends.all_confirmed:
         return Status.PARTIAL, "a text ends where the last block sees no end"
+    if not ends.complete:
+        return Status.ROWS_COMPLETE, f"all {rows} distinct prefixes are explained; noise hides how many texts end where"
     return Status.TEXTS_COMPLETE, f"all {rows} distinct prefixes are explained, each text to its end"
 
 
