@@ -34,11 +34,13 @@ class _Found:
 
     @property
     def ends(self) -> Ends:
+        """What the last block says of the places where texts end."""
         clear = [span.rank for span in self.last.values() if span.clear]
         rank = None if self.texts.crowded else max(clear, default=None)
         return Ends(self.texts.seen, len(self.texts.confirmed), len(self.texts.nodes), rank)
 
     def outcome(self, status: Status, diagnosis: str) -> Outcome:
+        """The texts with what confirms each, under a verdict."""
         found = (FoundText(self.tree.nodes[i].tokens, self.tree.nodes[i].ratio, self._by(i)) for i in self.texts.nodes)
         return Outcome(status, diagnosis, tuple(found))
 
