@@ -1,4 +1,7 @@
-"""What an attack gives back: token ids, their texts, how sure it is, and where the time went (chapter 6)."""
+"""What an attack gives back: token ids, their texts, how sure it is, and where the time went.
+
+Chapter `10_whole_attack`.
+"""
 
 from __future__ import annotations
 

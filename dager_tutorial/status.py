@@ -1,4 +1,6 @@
-"""What a reconstruction claims, in words that mean the same for every architecture (chapters 6, 7).
+"""What a reconstruction claims, in words that mean the same for every architecture.
+
+Chapters `10_whole_attack` and `11_limits`.
 
 Two things can be proven from an update alone. *Rows*: every true row of a span passes the span test (but for
 `miss_rate` of them), and the rank is at most the number of distinct true rows; so as soon as as many distinct rows are

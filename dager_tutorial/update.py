@@ -1,4 +1,6 @@
-"""The update: what a federated-learning client sends, and all that the server sees of a batch (chapters 1, 6).
+"""The update: what a federated-learning client sends, and all that the server sees of a batch.
+
+Chapters `01_gradients_leak` and `10_whole_attack`.
 
 An update is a set of named gradients (or weight deltas) and a little public information about them. On disk
 it is a plain safetensors file, so that reading one from a stranger executes nothing.

@@ -18,7 +18,7 @@ import nbformat
 import pytest
 import yaml
 
-from dager_tutorial.checks.when_it_breaks import STATUSES, Counts
+from dager_tutorial.checks.limits import STATUSES, Counts
 from dager_tutorial.server.outcome import Ends
 from dager_tutorial.server.verdict import of_prefixes
 

@@ -1,4 +1,4 @@
-"""Checks of chapter 4, decoder recovery."""
+"""Checks of chapter `06_decoder_recovery`, decoder recovery."""
 
 from __future__ import annotations
 

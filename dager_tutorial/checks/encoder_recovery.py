@@ -1,4 +1,4 @@
-"""Checks of chapter 5, encoder recovery."""
+"""Checks of chapter `08_encoder_recovery`, encoder recovery."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of chapter 1, gradients leak."""
+"""Checks of chapter `01_gradients_leak`, gradients leak."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of chapter 3, token filter."""
+"""Checks of chapter `05_token_filter`, token filter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of chapter 6, the whole attack."""
+"""Checks of chapter `10_whole_attack`, the whole attack."""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""A client's day: a private batch and a loss become an update (chapter 1). Only `evaluation` may see what it knows."""
+"""A client's day: a private batch and a loss become an update. Only `evaluation` may see what it knows.
+
+Chapter `01_gradients_leak`.
+"""

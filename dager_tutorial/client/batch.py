@@ -1,4 +1,7 @@
-"""A private batch, from texts to padded tensors, and the truth that an attack is compared with (chapter 1)."""
+"""A private batch, from texts to padded tensors, and the truth that an attack is compared with.
+
+Chapter `01_gradients_leak`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client does in one step: every option, what it is for, and what it may be (chapter 1)."""
+"""What a client does in one step: every option, what it is for, and what it may be (chapter `01_gradients_leak`)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ClientConfig:
         Traceback (most recent call last):
         dager_tutorial.errors.DagerError: task is 'regression': choose one of classification, next_token, masked
 
-    See chapter 1.
+    See chapter `01_gradients_leak`.
     """
 
     task: str = option("classification", OneOf(TASKS), "What the client trains.")

@@ -1,4 +1,7 @@
-"""Options that declare what they may be: one check serves them all, and stands beside each field (chapter 1)."""
+"""Options that declare what they may be: one check serves them all, and stands beside each field.
+
+Chapter `01_gradients_leak`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The client's network: the model that both sides know, inside the transformers class that trains it (chapter 1).
+"""The client's network: the model that both sides know, inside the transformers class that trains it.
+
+Chapter `01_gradients_leak`.
 
 Only the head is made anew; the backbone inside is the very module that the server knows, so no weights are copied.
 """

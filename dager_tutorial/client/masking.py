@@ -1,4 +1,4 @@
-"""What masked-language training does to a text before the network sees it (chapter 1)."""
+"""What masked-language training does to a text before the network sees it (chapter `01_gradients_leak`)."""
 
 from __future__ import annotations
 

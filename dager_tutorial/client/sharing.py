@@ -1,4 +1,4 @@
-"""Which gradients a client sends, and only these are computed (chapter 1)."""
+"""Which gradients a client sends, and only these are computed (chapter `01_gradients_leak`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of the client: a private batch and a loss become an update (chapter 1).
+"""One step of the client: a private batch and a loss become an update (chapter `01_gradients_leak`).
 
 The client runs the model classes of transformers unmodified.
 """
@@ -51,7 +51,7 @@ def client_update(
         DagerError: A text, label or shared name cannot be used, the model cannot do what is asked, or the gradient
             overflows the dtype.
 
-    See chapter 1.
+    See chapter `01_gradients_leak`.
     """
     return play(model, texts, labels, config=config)[0]
 

@@ -112,7 +112,7 @@ def bench_encoder(
     Raises:
         DagerError: The model is causal, a variant is unknown, or a limit cannot be kept.
 
-    See chapter 5, and Petrov et al., DAGER, NeurIPS 2024 for the paper's search.
+    See chapter `08_encoder_recovery`, and Petrov et al., DAGER, NeurIPS 2024 for the paper's search.
     """
     if adapter_for(model.network).causal:
         raise DagerError(f"model {model.name!r} is causal: use dager bench accuracy")

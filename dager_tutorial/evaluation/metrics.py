@@ -1,4 +1,6 @@
-"""How much of a batch came back: the truth that the client kept beside what the server found (chapter 6).
+"""How much of a batch came back: the truth that the client kept beside what the server found.
+
+Chapter `10_whole_attack`.
 
 This is the one place where a reconstruction meets the truth. Recovered sequences come in no order, so an optimal
 assignment pairs them with the true texts, by the same rule for every architecture. The DAGER paper (arXiv 2405.15586)
@@ -99,7 +101,7 @@ def score(found: Reconstruction, truth: Truth) -> Score:
     Raises:
         DagerError: Nothing in the batch could be recovered.
 
-    See chapter 6.
+    See chapter `10_whole_attack`.
     """
     counts = Counter(ids for ids in truth.sequences if not truth.frame.issuperset(ids))
     if not counts:

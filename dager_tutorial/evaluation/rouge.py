@@ -1,4 +1,4 @@
-"""ROUGE over token ids: of one pair by rouge-score, and of all pairs of a batch at once (chapter 6)."""
+"""ROUGE over token ids: of one pair by rouge-score, and of all pairs of a batch at once (chapter `10_whole_attack`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""How much hangs on the attack's constants: each is halved and doubled, and a few batches attacked again (chapter 7).
+"""How much hangs on the attack's constants: each is halved and doubled, and a few batches attacked again.
+
+Chapter `11_limits`.
 
 The batches are small, of the project's own texts, and chosen so that every kind of search runs: decoders with learned
 and with rotary positions, low precision, more prefixes than the model is wide, both encoders' stages.

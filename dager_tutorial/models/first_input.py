@@ -1,4 +1,7 @@
-"""Block 0's attention input as factors: a token's part, a position's part, the norm that joins them (chapter 3)."""
+"""Block 0's attention input as factors: a token's part, a position's part, the norm that joins them.
+
+Chapter `05_token_filter`.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class FirstInput:
     def vectors(
         self, tokens: Int[Tensor, " pairs"], positions: Int[Tensor, " pairs"] | None
     ) -> Float[Tensor, "pairs width"]:
-        """Inputs of block 0's attention for token-position pairs (chapter 3).
+        """Inputs of block 0's attention for token-position pairs (chapter `05_token_filter`).
 
         Args:
             tokens: int64 token ids.

@@ -45,7 +45,7 @@ class Tap:
         return f"block {self.block} {self.kind}"
 
     def gradient(self, gradients: Mapping[str, Tensor]) -> Float[Tensor, "outputs inputs"] | None:
-        """Stack the gradients of the tap's linear maps that were shared (chapter 2).
+        """Stack the gradients of the tap's linear maps that were shared (chapter `03_span`).
 
         Args:
             gradients: Gradients by backbone parameter name.

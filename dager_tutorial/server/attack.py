@@ -1,4 +1,4 @@
-"""The whole attack: an update and a model in, a reconstruction and a diagnosis out (chapter 6).
+"""The whole attack: an update and a model in, a reconstruction and a diagnosis out (chapter `10_whole_attack`).
 
 Nothing here has a threshold to set. Each stage is a file of its own: `subspace` reads spans off the gradients,
 `token_filter` finds candidates, `decoder` grows prefixes of causal models and tells where texts end, `unmixing` and
@@ -44,7 +44,7 @@ def attack(
         UpdateError: The update does not belong to the model.
         ModelError: The architecture has no adapter.
 
-    See chapter 6, and Petrov et al., DAGER, NeurIPS 2024 for the attack this one builds on.
+    See chapter `10_whole_attack`, and Petrov et al., DAGER, NeurIPS 2024 for the attack this one builds on.
     """
     config = config or AttackConfig()
     watch = Stopwatch()

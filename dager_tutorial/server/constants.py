@@ -1,7 +1,8 @@
 """Every number in the attack that is not read off the update: what it is, where it comes from, what it is for.
 
 None of them is an option, and all are the same for every model, batch and precision. `dager bench sensitivity` halves
-and doubles each in turn and reports what changes; `docs/sensitivity.md` holds the table that it wrote (chapter 7).
+and doubles each in turn and reports what changes; `docs/sensitivity.md` holds the table that it wrote.
+Chapter `11_limits`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def _constant(value: Any, meaning: str, origin: str) -> Any:
 class Constants:
     """The numbers, by name. Read them through `constants()`, which `varied` can change for a while."""
 
-    # Span: rank, noise, and the test of membership (chapter 2)
+    # Span: rank, noise, and the test of membership (chapter `04_noise`)
     miss_rate: float = _constant(1e-6, "share of true rows that a span test rejects by noise alone", "chosen")
     model_error: float = _constant(
         4.0, "a true row's residual may be so many times the predicted one", "measured: z of true rows 0.8 to 1.5"
@@ -55,11 +56,11 @@ class Constants:
     probe_blocks: int = _constant(2, "blocks measured; deeper ones grow with the root of the depth", "measured")
     null_texts: int = _constant(16, "random texts whose rows say what log-leverages false rows have", "statistics")
     null_length: int = _constant(16, "tokens of each of them", "statistics")
-    # Token filter (chapter 3)
+    # Token filter (chapter `05_token_filter`)
     filter_directions: int = _constant(64, "random directions of the complement that screen all pairs", "cost")
     filter_positions: int = _constant(32, "positions that are screened in one product", "cost")
     filter_pairs: int = _constant(8192, "pairs that are tested exactly at once", "cost")
-    # Decoder search (chapters 4 and 7)
+    # Decoder search (chapters `06_decoder_recovery` and `11_limits`)
     search_directions: int = _constant(32, "random directions that screen extensions of prefixes", "cost")
     screen_slack: float = _constant(2.0, "screened residuals may exceed the bound by so much", "statistics")
     longest_repeat: int = _constant(512, "how far a repeated first token is followed while rows are missing", "cost")
@@ -71,7 +72,7 @@ class Constants:
     carried: int = _constant(16, "extensions carried through the MLP for each prefix that was kept", "cost")
     usual_sample: int = _constant(512, "extensions that tell which leverages are usual at a position", "statistics")
     widest: int = _constant(128, "prefixes of one length that a search by leverage keeps at most", "cost")
-    # Unmixing and incidence (chapters 3 and 5)
+    # Unmixing and incidence (chapters `07_unmixing` and `08_encoder_recovery`)
     ridge: float = _constant(
         1e-3, "ridge of the regression of positions on tokens, share of a token's square", "numerics"
     )
@@ -79,7 +80,7 @@ class Constants:
     once: float = _constant(0.8, "largest coefficient from which a token stands at one position only", "measured")
     coefficient_noise: float = _constant(2.0, "deviations from zero at which a token may stand elsewhere", "statistics")
     fewest_apart: int = _constant(20, "pairs known to be in different texts that calibrate the likeness", "statistics")
-    # Encoder search (chapter 5)
+    # Encoder search (chapter `08_encoder_recovery`)
     equations: int = _constant(480, "equations of a quick relaxation", "measured")
     most_equations: int = _constant(1440, "equations of a thorough one", "cost")
     fewest_equations: int = _constant(240, "equations below which a relaxation is not tried", "measured")
@@ -92,7 +93,7 @@ class Constants:
     sweeps: int = _constant(3, "passes of the polish over a text", "cost")
     short_text: int = _constant(8, "length up to which a text is cut out of the weights at every length", "measured")
     failures: int = _constant(40, "seeds in a row without a text before the search gives up", "cost")
-    # Interior point (chapter 5)
+    # Interior point (chapter `08_encoder_recovery`)
     iterations: int = _constant(40, "most iterations of the interior-point method", "cost: 15 to 20 are used")
     solved: float = _constant(3e-6, "residual at which the equations are solved to rounding", "numerics")
     spent: float = _constant(1e-13, "barrier at which no digits are left to gain", "numerics")

@@ -1,4 +1,6 @@
-"""The signal of a gradient without a full decomposition: a few directions, three numbers about the rest (chapter 2).
+"""The signal of a gradient without a full decomposition: a few directions, three numbers about the rest.
+
+Chapter `04_noise`.
 
 Of the hundreds or thousands of singular vectors of a gradient the attack reads the first few, which hold the signal,
 and of the noise behind them only how strong it is. A randomised range finder gets the former from a handful of

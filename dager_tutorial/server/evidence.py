@@ -1,4 +1,7 @@
-"""What an update says, tap by tap: the spans of its gradients, read when they are first asked for (chapter 2)."""
+"""What an update says, tap by tap: the spans of its gradients, read when they are first asked for.
+
+Chapter `03_span`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A look at an update before any attack: rank, noise and verdict of every tap (chapter 6)."""
+"""A look at an update before any attack: rank, noise and verdict of every tap (chapter `10_whole_attack`)."""
 
 from __future__ import annotations
 

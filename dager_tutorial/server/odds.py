@@ -1,4 +1,6 @@
-"""Evidence that adds up: the log-odds that a vector was a row of the batch against that it was not (chapters 2 and 7).
+"""Evidence that adds up: the log-odds that a vector was a row of the batch against that it was not.
+
+Chapters `04_noise` and `11_limits`.
 
 A test says yes or no; evidence of several taps has to be weighed. Both kinds of it, the residual and, where the rank is
 full, the leverage, are turned into the logarithm of a likelihood ratio here, so that callers can add a prior and sum

@@ -1,4 +1,7 @@
-"""How many directions of a gradient carry signal: the edge of the noise, gaps that noise does not make (chapter 2)."""
+"""How many directions of a gradient carry signal: the edge of the noise, gaps that noise does not make.
+
+Chapter `04_noise`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""From a gradient to the span of its layer's inputs: outputs scaled to equal noise, then taken apart (chapter 2)."""
+"""From a gradient to the span of its layer's inputs: outputs scaled to equal noise, then taken apart.
+
+Chapter `04_noise`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How precisely the server can know the vectors that a client computed (chapter 2).
+"""How precisely the server can know the vectors that a client computed (chapter `04_noise`).
 
 Client and server run the same network, but not the same kernels in the same order: their hidden states differ by
 rounding, little in float32 and much in bfloat16. A span test has to allow for it. It is measured, not assumed: a few

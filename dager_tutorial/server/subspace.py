@@ -1,4 +1,6 @@
-"""The span of a layer's inputs, read off its gradient, and a test of membership that calibrates itself (chapter 2).
+"""The span of a layer's inputs, read off its gradient, and a test of membership that calibrates itself.
+
+Chapter `04_noise`.
 
 For a linear map `Y = X W` the gradient is `dW = X^T (dL/dY)`: every row of `dW^T` is a combination of the rows
 of X. What arrives is that matrix plus noise (rounding, low precision, or noise added on purpose). This
@@ -239,7 +241,7 @@ class Span:
         return least_log_odds(self.random_ratio)
 
     def log_leverage(self, vectors: Float[Tensor, "rows inputs"]) -> Float[Tensor, " rows"]:
-        """Logarithm of the leverage of each vector over all directions, signal or not (chapter 7).
+        """Logarithm of the leverage of each vector over all directions, signal or not (chapter `11_limits`).
 
         The leverage `sum_j (x . v_j)^2 / s_j^2` is the smallest squared weight |u|^2 with which the gradient's outputs
         combine to x. It stays informative where the rank is full: a true row needs little of the weak directions.

@@ -1,12 +1,12 @@
 """The token filter: which tokens at which positions lie in the span of block 0's gradient.
 
-Every token of the vocabulary at every position is tested (chapter 3). The input of block 0's attention is
-`(D token + D position) / deviation + bias` with a fixed linear map D, so that its projection on any directions
+Every token of the vocabulary at every position is tested (chapter `05_token_filter`). The input of block 0's attention
+is `(D token + D position) / deviation + bias` with a fixed linear map D, so that its projection on any directions
 splits into a token part and a position part: all pairs cost one matrix product instead of one for each position.
 A few random directions of the complement decide almost all pairs; the survivors are tested exactly.
 
 What survives is, for models with absolute positions, more than the batch: every token and position of one connected
-component of the graph of token-position pairs passes (chapter 3). Nothing here assumes otherwise.
+component of the graph of token-position pairs passes. Nothing here assumes otherwise.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def filter_tokens(source: FirstInput, span: Span, budget: Budget | None = None) 
     Returns:
         The candidates, tokens in falling order of fit at each position.
 
-    See chapter 3.
+    See chapter `05_token_filter`.
     """
     budget = budget or Budget()
     screen = _Screen(source, span.screen(constants().filter_directions, budget.generator()))
@@ -171,7 +171,9 @@ def _confirmed(source: FirstInput, span: Span, tokens: Tensor, position: int | N
 
 
 def filter_by_leverage(source: FirstInput, span: Span, budget: Budget) -> Candidates:
-    """Candidates where even block 0 is full: the tokens whose leverage stands out from the vocabulary's (chapter 7).
+    """Candidates where even block 0 is full: the tokens whose leverage stands out from the vocabulary's.
+
+    Chapter `11_limits`.
 
     Args:
         source: Factors of block 0's attention input.

@@ -5,7 +5,7 @@ linear map D, so that the gradient is `dW = sum_t (D e_t) A_t^T + sum_i (D p_i) 
 distinct tokens and positions are fewer than the width, these vectors are independent, and least squares gives every
 A_t and B_i: sums of the unknown gradients of single rows, over the positions of a token and over the tokens of a
 position. A token that occurs once has its row's gradient as A_t; and because A_t is then a summand of B_i, B tells
-where the token stood. Chapters 3 and 5 derive and draw it.
+where the token stood. Chapter `07_unmixing` derive and draw it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Marginals:
 def unmix(
     source: FirstInput, gradient: Float[Tensor, "outputs width"], tokens: Int[Tensor, " tokens"], positions: int
 ) -> Marginals | None:
-    """Split block 0's gradient into one row per token and one per position (chapter 3).
+    """Split block 0's gradient into one row per token and one per position (chapter `07_unmixing`).
 
     Args:
         source: The model's factors of block 0's attention input.
@@ -122,7 +122,7 @@ class Incidence:
 
 
 def incidence(marginals: Marginals, heads: int) -> Incidence:
-    """Regress every position's marginal on those of the tokens (chapter 3).
+    """Regress every position's marginal on those of the tokens (chapter `07_unmixing`).
 
     The rows of frequent tokens, of which only sums are known, are the noise of this regression. They are like all
     other rows, so that every head's outputs are first scaled to the tokens' own covariance: what all rows share, as the
@@ -156,7 +156,7 @@ def _whitened(tokens: Tensor, positions: Tensor, heads: int) -> tuple[Tensor, Te
 
 
 def same_text(marginals: Marginals, heads: int, where: Incidence) -> Bool[Tensor, "tokens tokens"]:
-    """Which tokens surely stand in one text, by the direction of their gradients (chapter 5).
+    """Which tokens surely stand in one text, by the direction of their gradients (chapter `07_unmixing`).
 
     A text's rows share what the loss wants of it: their value gradients are averages of the same vectors, and their
     query gradients combinations of the same keys. Cosines, averaged over heads, are high within a text. How high
@@ -201,7 +201,9 @@ def _cosines(tokens: Tensor, heads: int) -> Tensor:
 def mate_residual(
     rows: Float[Tensor, "rows heads width"], mates: Float[Tensor, "tokens heads width"]
 ) -> Float[Tensor, " rows"]:
-    """How far per-row gradients lie from what their text allows: the share outside the span of its mates (chapter 5).
+    """How far per-row gradients lie from what their text allows: the share outside the span of its mates.
+
+    Chapter `07_unmixing`.
 
     The query gradient of a token is `sum_j c_j k_j` over the keys of its own text with `sum_j c_j = 0` in each head
     (a softmax does not see a constant). A text longer than a head is wide leaves nothing outside: the residual is then

@@ -1,4 +1,6 @@
-"""Every verdict of the attack in one place: from what was counted to a status and one sentence (chapters 6 and 7).
+"""Every verdict of the attack in one place: from what was counted to a status and one sentence.
+
+Chapters `10_whole_attack` and `11_limits`.
 
 Why equal counts are a proof. The span test passes every true row (but for `miss_rate` of them), so the true rows are
 among the confirmed ones; and a matrix `X^T G` has at most as many independent rows as X has distinct ones, so the rank

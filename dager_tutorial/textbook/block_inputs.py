@@ -1,4 +1,7 @@
-"""What enters a block's attention, by running the unmodified network up to it and no further (chapters 3 and 4)."""
+"""What enters a block's attention, by running the unmodified network up to it and no further.
+
+Chapters `05_token_filter` and `06_decoder_recovery`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The texts that one candidate at each position gives: how many there are, and which of them to test (chapter 5)."""
+"""The texts that one candidate at each position gives: how many there are, and which of them to test.
+
+Chapter `08_encoder_recovery`.
+"""
 
 from __future__ import annotations
 

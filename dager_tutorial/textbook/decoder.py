@@ -1,4 +1,4 @@
-"""The paper's attack on causal models, written the obvious, slow way (chapter 4).
+"""The paper's attack on causal models, written the obvious, slow way (chapter `06_decoder_recovery`).
 
 A filter tests the vocabulary position by position against the span of block 0, and a search from left to right tests
 whole prefixes against that of block 1.
@@ -143,7 +143,7 @@ def textbook_attack(
         DagerError: The model is an encoder (see `textbook.encoder`), has one block only, or its architecture has
             no adapter.
 
-    See chapters 2 to 4.
+    See chapters `03_span`, `05_token_filter` and `06_decoder_recovery`.
     """
     watch = Stopwatch()
     adapter = adapter_for(model.network)

@@ -1,4 +1,4 @@
-"""The paper's attack on encoders, written the obvious, slow way (chapter 5).
+"""The paper's attack on encoders, written the obvious, slow way (chapter `08_encoder_recovery`).
 
 Every token of an encoder sees the whole text, so that no part of a text can be tested before all of it is there. The
 token filter tells which tokens may stand at each position and, by the end token, which lengths texts may have. For
@@ -167,7 +167,7 @@ def textbook_encoder_attack(
         DagerError: The model is causal, has one block only, its tokenizer does not put one token in front of a
             text and one behind, or its architecture has no adapter.
 
-    See chapter 5.
+    See chapter `08_encoder_recovery`.
     """
     watch, options = Stopwatch(), options or EncoderSearchOptions()
     adapter = adapter_for(model.network)

@@ -1,4 +1,4 @@
-"""The span of a block's inputs, read off its gradient, and how far a vector lies from it (chapter 2)."""
+"""The span of a block's inputs, read off its gradient, and how far a vector lies from it (chapter `03_span`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which tokens may stand at which position: those whose vectors lie in the span of block 0 (chapter 3)."""
+"""Which tokens may stand at which position: those whose vectors lie in the span of block 0.
+
+Chapter `05_token_filter`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which confirmed prefixes are whole texts (chapter 4).
+"""Which confirmed prefixes are whole texts (chapter `06_decoder_recovery`).
 
 The tree of prefixes shows where texts end only at its leaves; a text that is a prefix of another ends inside it. The
 last block tells: where a loss reads only each text's last token, the last block's queries and the output map of its

@@ -1,4 +1,6 @@
-"""Block 0 replayed for all prefixes of one length and all candidates of the next position (chapter 4).
+"""Block 0 replayed for all prefixes of one length and all candidates of the next position.
+
+Chapter `06_decoder_recovery`.
 
 Keys and values of accepted prefixes are kept, and queries, keys and values of a position's candidates are shared by all
 prefixes, so that nothing is computed twice: what is left for each pair is one row of attention.

@@ -1,4 +1,4 @@
-"""When the rank is full: extensions that stand out by their leverage instead of their residual (chapter 7).
+"""When the rank is full: extensions that stand out by their leverage instead of their residual (chapter `11_limits`).
 
 With as many distinct prefixes as the model is wide no vector lies outside the span any more. The spectrum still decays
 over orders of magnitude, and a true row leans less on the weak directions than a false one: its leverage stands out

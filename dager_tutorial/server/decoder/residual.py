@@ -1,4 +1,6 @@
-"""Extensions whose vectors lie in the spans of the update, by a cascade of tests, the cheapest first (chapter 4).
+"""Extensions whose vectors lie in the spans of the update, by a cascade of tests, the cheapest first.
+
+Chapter `06_decoder_recovery`.
 
 The input of block 0's attention output map needs no MLP and is decided on a few directions of the complement; then the
 input of block 0's MLP, then block 1's queries, keys and values.

@@ -1,4 +1,7 @@
-"""The attack on causal models, stage by stage: spans, candidates, prefixes, whole texts (chapters 2, 4 and 7)."""
+"""The attack on causal models, stage by stage: spans, candidates, prefixes, whole texts.
+
+Chapters `03_span`, `06_decoder_recovery` and `11_limits`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""One search for all: grow the tree of prefixes, one position at a time, by whatever selector is given (chapter 4).
+"""One search for all: grow the tree of prefixes, one position at a time, by whatever selector is given.
+
+Chapter `06_decoder_recovery`.
 
 In a causal model a token's state depends on its prefix only, so that prefixes can be confirmed from left to right.
 

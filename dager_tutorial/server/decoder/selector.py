@@ -1,4 +1,7 @@
-"""What a tree search is given to choose extensions by: residuals, leverages, or summed evidence (chapter 4)."""
+"""What a tree search is given to choose extensions by: residuals, leverages, or summed evidence.
+
+Chapter `06_decoder_recovery`.
+"""
 
 from __future__ import annotations
 

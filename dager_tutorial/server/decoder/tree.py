@@ -1,4 +1,7 @@
-"""Confirmed prefixes as a tree: what a search grows, and where its texts are read off (chapter 4)."""
+"""Confirmed prefixes as a tree: what a search grows, and where its texts are read off.
+
+Chapter `06_decoder_recovery`.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""The attack on bidirectional models: tables, seeds, relaxation, polish, and confirmation row by row (chapter 5)."""
+"""The attack on bidirectional models: tables, seeds, relaxation, polish, and confirmation row by row.
+
+Chapter `08_encoder_recovery`.
+"""

@@ -1,4 +1,7 @@
-"""The proof of a text: every row must lie in the span of block 0's attention output and of deeper taps (chapter 5)."""
+"""The proof of a text: every row must lie in the span of block 0's attention output and of deeper taps.
+
+Chapter `08_encoder_recovery`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A text as weights: which candidate stands at each position, found by one convex-like minimisation (chapter 5).
+"""A text as weights: which candidate stands at each position, found by one convex-like minimisation.
+
+Chapter `08_encoder_recovery`.
 
 For a known query, attention over a text is a ratio of two sums over positions, one term each. Replace the choice at
 each position by weights on its candidates that add up to 1, and what attention gives stays such a ratio, now smooth

@@ -1,4 +1,7 @@
-"""A text that is nearly right made right: coordinate descent on what its rows leave outside the span (chapter 5)."""
+"""A text that is nearly right made right: coordinate descent on what its rows leave outside the span.
+
+Chapter `08_encoder_recovery`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A text from what is known of it: the problem around known tokens, its solution read, round by round (chapter 5)."""
+"""A text from what is known of it: the problem around known tokens, its solution read, round by round.
+
+Chapter `08_encoder_recovery`.
+"""
 
 from __future__ import annotations
 

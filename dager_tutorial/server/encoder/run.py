@@ -1,4 +1,7 @@
-"""The attack on bidirectional models, stage by stage: spans, candidates, incidence, whole texts (chapter 5)."""
+"""The attack on bidirectional models, stage by stage: spans, candidates, incidence, whole texts.
+
+Chapter `08_encoder_recovery`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def recover_texts(evidence: Evidence, budget: Budget, without: frozenset[str] = 
     Returns:
         The confirmed texts, and what is known of the batch.
 
-    See chapter 5.
+    See chapter `08_encoder_recovery`.
     """
     adapter = _encoder(evidence)
     first = evidence.span(adapter.tap(0, QKV))

@@ -1,4 +1,4 @@
-"""Whole texts of a bidirectional model, one after the other, without enumerating any (chapter 5).
+"""Whole texts of a bidirectional model, one after the other, without enumerating any (chapter `08_encoder_recovery`).
 
 Nothing is causal here: every row depends on the whole text, so that no prefix can be tested alone. But the attention
 of block 0 is simple enough to be solved for its text. A seed, a token whose position block 0's gradient tells

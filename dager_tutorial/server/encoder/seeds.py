@@ -1,4 +1,7 @@
-"""Where to begin: seeds, the orders in which they are tried, and what is known besides a seed (chapter 5)."""
+"""Where to begin: seeds, the orders in which they are tried, and what is known besides a seed.
+
+Chapter `08_encoder_recovery`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the search for whole texts looks things up in: block 0's pairs, and the directions outside its span (chapter 5).
+"""What the search for whole texts looks things up in: block 0's pairs, and the directions outside its span.
+
+Chapter `08_encoder_recovery`.
 
 A *pair* is a position and a candidate token, the token given by its place among the distinct candidates. All tables
 that are combined with float64 lie where the span's directions do; queries, keys and values lie with the network.

@@ -1,4 +1,4 @@
-"""Checks of chapter 2, low rank."""
+"""Checks of chapter `04_noise`, low rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of chapter 7, when it breaks."""
+"""Checks of chapter `11_limits`, when it breaks."""
 
 from __future__ import annotations
 
