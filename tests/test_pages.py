@@ -164,10 +164,11 @@ LOOK = """() => {
     const box = thing.getBoundingClientRect();
     return box.right > room.right + 3 || box.bottom > room.bottom + 3 || box.left < room.left - 3;
   });
-  const cut = seen.filter(thing => thing.matches("pre, .dager-explore, .box") && thing.scrollWidth > thing.clientWidth + 3);
-  const small = seen.filter(thing => thing.tagName === "IMG" && thing.getBoundingClientRect().height < 0.35 * room.height);
+  const boxes = seen.filter(thing => thing.matches("pre, .dager-explore, .box"));
+  const cut = boxes.filter(box => box.scrollWidth > box.clientWidth + 3);
+  const small = seen.filter(thing => thing.matches("img") && thing.getBoundingClientRect().height < 0.35 * room.height);
   const words = [...slide.querySelectorAll("p, li")].filter(
-    thing => !thing.closest("aside, pre, .answer, .said") && !thing.matches(".box-title")).map(thing => thing.innerText);
+    thing => !thing.closest("aside, pre, .answer, .said, .box-title")).map(thing => thing.innerText);
   return {wrong: [...new Set([...outside, ...cut, ...small])].map(name), words: words.join(" "), title: name(slide)};
 }"""
 
