@@ -175,7 +175,9 @@ class Renderer:
         return said.strip() or self.numbers.get(label.strip(" >"), "?")
 
     def _citation(self, key: str) -> str:
-        entry = self.books[key.strip()]
+        entry = self.books.get(key.strip())
+        if entry is None:  # the build of the book says so
+            return key
         authors = entry.persons["author"]
         return f"{' '.join(authors[0].last_names)}{' et al.' if len(authors) > 1 else ''} {entry.fields['year']}"
 
