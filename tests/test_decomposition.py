@@ -40,7 +40,7 @@ def assert_alike(found: Signal, full: Signal) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(rows=st.integers(1, 110), spread=st.floats(0, 2.5), seed=st.integers(0, 2**31))
+@given(rows=st.integers(1, 145), spread=st.floats(0, 2.5), seed=st.integers(0, 2**31))
 def test_a_clean_signal_is_the_full_decompositions(rows: int, spread: float, seed: int) -> None:
     matrix = gradient(rows, spread=spread, seed=seed).float().double()
     found = signal_of(matrix, FLOAT32)

@@ -43,8 +43,9 @@ class Constants:
         0.2, "root mean square of rounding to nearest, in units of epsilon and of the entry", "numerics: 0.2 to 0.29"
     )
     projection_error: float = _constant(2.0**-23, "relative error of projecting in float32", "numerics: epsilon")
-    sketch: int = _constant(64, "directions of the first sketch that looks for the signal", "cost")
-    growth: int = _constant(3, "factor by which a sketch grows while signal shows at its end", "cost")
+    sketch: int = _constant(32, "directions of the first sketch that looks for the signal", "cost")
+    growth: int = _constant(2, "factor by which a sketch grows while signal shows at its end", "cost")
+    largest_sketch: float = _constant(0.5, "share of the width above which all is decomposed at once", "cost")
     oversampling: int = _constant(12, "noise directions that a sketch must show behind the signal", "numerics")
     noise_probes: int = _constant(32, "random probes that measure the noise behind a sketch", "statistics")
     leverage_shift: float = _constant(
