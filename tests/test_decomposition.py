@@ -35,8 +35,9 @@ def assert_alike(found: Signal, full: Signal) -> None:
     assert float((projected.norm(dim=0) * full.values).max()) < 0.01 * full.tail.largest
     assert found.tail.energy == pytest.approx(full.tail.energy, rel=0.15)
     assert found.tail.largest == pytest.approx(full.tail.largest, rel=0.35)
-    freedom = [tail.energy**2 / tail.fourth for tail in (found.tail, full.tail)]
-    assert freedom[0] == pytest.approx(freedom[1], rel=0.3)
+    # Of the fourth powers only the bound of the span test is made.
+    bounds = [Span(each.directions, each.values, each.tail, 700).bound for each in (found, full)]
+    assert bounds[0] == pytest.approx(bounds[1], rel=0.06)
 
 
 @settings(max_examples=20, deadline=None)
