@@ -13,6 +13,7 @@ Halko, Martinsson, Tropp, Finding Structure with Randomness, SIAM Review 2011 (a
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -117,10 +118,13 @@ def _sketched(matrix: Tensor, precision: float, guess: int) -> Signal | None:
     most = int(constants().largest_sketch * min(matrix.shape))
     draw, light, spanned = torch.Generator().manual_seed(SKETCH_SEED), matrix.float(), matrix.new_empty(0, matrix.shape[1])
     # Noise below the rounding of float64 products cannot be measured behind a projection.
+    weakest = math.inf
     while precision > 1e-12 and size <= most:
         spanned = torch.cat([spanned, _powered(matrix, light, size - len(spanned), draw)])
         basis = torch.linalg.qr(spanned.T).Q
-        if not _signal_at_its_end(matrix, basis, floor):
+        before, weakest = weakest, _weakest_at_its_end(matrix, basis)
+        # To look at its end is cheap. Noise far above rounding is told from signal by not falling from size to size.
+        if weakest <= constants().largest_rounding * floor or weakest >= before / 2:
             found = _taken_apart(matrix, basis, floor)
             if len(found.values) <= size - spare:
                 clear = not len(found.values) or found.values[-1] >= constants().clear_gap * found.tail.largest
@@ -139,15 +143,10 @@ def _powered(matrix: Tensor, light: Tensor, count: int, draw: torch.Generator) -
     return (torch.linalg.qr(mixed.T).Q.T @ light.T).double() @ matrix
 
 
-def _signal_at_its_end(matrix: Tensor, basis: Tensor, floor: float) -> bool:
-    """Whether the last directions of a sketch are all far stronger than rounding: then it is too small for sure.
-
-    Only of a large sketch, which costs more to take apart than to look at its end first.
-    """
-    if basis.shape[1] < constants().growth ** 3 * constants().sketch:
-        return False
+def _weakest_at_its_end(matrix: Tensor, basis: Tensor) -> float:
+    """How strong the matrix is in the weakest of the last directions of a sketch."""
     last = basis[:, -constants().oversampling :].T @ matrix.T
-    return torch.linalg.vector_norm(last, dim=1).min().item() > constants().largest_rounding * floor
+    return torch.linalg.vector_norm(last, dim=1).min().item()
 
 
 def _taken_apart(matrix: Tensor, basis: Tensor, floor: float) -> Signal:
