@@ -77,7 +77,7 @@ class Status(_Explained):
     )
     OUT_OF_TIME = (
         "out_of_time",
-        "the time budget was spent before the search had ended",
+        "the time budget was spent, or the run was stopped, before the search had ended",
         "what is reported was found so far; give more time",
     )
     WRONG_MODEL = (

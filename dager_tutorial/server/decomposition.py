@@ -116,7 +116,11 @@ def _sketched(matrix: Tensor, precision: float, guess: int) -> Signal | None:
     floor, spare = rounding_floor(matrix, precision), constants().oversampling
     size = max(constants().sketch, guess + guess // 4 + spare)
     most = int(constants().largest_sketch * min(matrix.shape))
-    draw, light, spanned = torch.Generator().manual_seed(SKETCH_SEED), matrix.float(), matrix.new_empty(0, matrix.shape[1])
+    draw, light, spanned = (
+        torch.Generator().manual_seed(SKETCH_SEED),
+        matrix.float(),
+        matrix.new_empty(0, matrix.shape[1]),
+    )
     # Noise below the rounding of float64 products cannot be measured behind a projection.
     weakest = math.inf
     while precision > 1e-12 and size <= most:

@@ -137,4 +137,3 @@ def _possible(tree: Tree, ends: set[int], ratios: Mapping[int, float], rank: int
     """
     likeliest = sorted(ends, key=lambda index: (tree.nodes[index].parent is None, ratios[index]))
     return set(likeliest[:rank])
-
