@@ -97,6 +97,7 @@ class Constants:
     # Interior point (chapter `08_encoder_recovery`)
     iterations: int = _constant(40, "most iterations of the interior-point method", "cost: 15 to 20 are used")
     solved: float = _constant(3e-6, "residual at which the equations are solved to rounding", "numerics")
+    light_residual: float = _constant(1e-2, "residual above which float32 has digits enough", "numerics")
     spent: float = _constant(1e-13, "barrier at which no digits are left to gain", "numerics")
     constraint_weight: float = _constant(3.0, "weight of the constraints' rows against the equations'", "numerics")
     dead_weight: float = _constant(2e-4, "weight below which a candidate is dropped", "numerics")

@@ -84,8 +84,8 @@ class _Screen:
         variance = largest.square() / spread.shape[1] + self.lengths.source.epsilon
         tokens, images = self.images.tokens, self.images.positions(places)
         own = tokens.square().sum(1)[:, None] + images.square().sum(1)
-        seen = own + 2 * tokens @ images.T
-        return (seen - ROUNDING[own.dtype] * own <= (2 * self.limit) ** 2 * variance[:, None]).nonzero()
+        largest_square = own + 2 * tokens @ images.T
+        return (largest_square - ROUNDING[own.dtype] * own <= (2 * self.limit) ** 2 * variance[:, None]).nonzero()
 
 
 class _Exact:
