@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,14 +48,22 @@ def test_ctrl_c_reports_what_was_found(tiny_gpt2: LanguageModel, tmp_path: Path)
     assert 1 <= len(found["sequences"][0]) < 8
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """A process that was started in the background may ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_the_second_ends_the_program_and_the_handler_is_put_back() -> None:
-    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), stoppable() as asked:
         assert not asked()
         os.kill(os.getpid(), signal.SIGINT)
         assert asked()
         os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_other_threads_cannot_listen_and_run_all_the_same() -> None:
