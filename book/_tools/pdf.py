@@ -24,7 +24,6 @@ from typing import Any
 import yaml
 from playwright.sync_api import sync_playwright
 from pypdf import PdfReader, PdfWriter
-from pypdf.generic import Fit
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
@@ -115,7 +114,9 @@ def printed(tab: Any, address: str, name: str, caption: str) -> Part:
         tab.evaluate("MathJax.startup.promise")
     (_, title), *others = tab.evaluate(UNFOLD)
     footer = FOOTER.format(html.escape(title))
-    paper = tab.pdf(**PAPER, display_header_footer=True, header_template="<i></i>", footer_template=footer)
+    paper = tab.pdf(
+        **PAPER, print_background=True, display_header_footer=True, header_template="<i></i>", footer_template=footer
+    )
     sections = [text for kind, text in others if kind == "H2"]
     return Part(caption, title, sections if name[5:7].isdigit() else [], PdfReader(io.BytesIO(paper)))
 
@@ -142,13 +143,13 @@ def joined(opening: PdfReader, parts: list[Part]) -> PdfWriter:
     """All pages in one file, with numbers at the foot and bookmarks."""
     writer = PdfWriter()
     writer.append(opening, import_outline=False)
-    writer.add_outline_item("Contents", 1)
+    writer.add_outline_item(title="Contents", page_number=1)
     for part in parts:
         first = len(writer.pages)
         writer.append(part.paper, import_outline=False)
-        mark = writer.add_outline_item(part.title, first, bold=True, fit=Fit.fit())
+        mark = writer.add_outline_item(title=part.title, page_number=first, bold=True)
         for section, start in zip(part.sections, part.starts, strict=True):
-            writer.add_outline_item(section, first + start, parent=mark)
+            writer.add_outline_item(title=section, page_number=first + start, parent=mark)
     return writer
 
 
