@@ -20,7 +20,7 @@ import nbformat
 import pytest
 import yaml
 
-from dager_tutorial.checks.limits import STATUSES, Counts
+from dager_tutorial.checks.whole_attack import STATUSES, Counts
 from dager_tutorial.server.outcome import Ends
 from dager_tutorial.server.verdict import of_prefixes
 
@@ -359,7 +359,7 @@ def run(path: Path, cells: list[str]) -> None:
             exec(compile(source, path.name, "exec"), names)
 
 
-EFFORT = re.compile(r"^\*\*\d+ minutes · [\w -]+ · .+\*\*", re.MULTILINE)
+EFFORT = re.compile(r"^\*\*\d+ minutes · [\w -]+ · [^*]+\*\*", re.MULTILINE)
 
 
 @chapters
