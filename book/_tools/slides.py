@@ -225,12 +225,16 @@ def slides_of(notebook: NotebookNode, numbers: dict[str, str]) -> tuple[str, lis
     renderer = Renderer(numbers)
     title, section, slides = "", "", list[Slide]()
     for cell in notebook.cells:
-        tags = cell.metadata.get("tags", ())
+        tags, exercise = cell.metadata.get("tags", ()), ""
         for _, heading in HEADING.findall(cell.source) if cell.cell_type == "markdown" else ():
-            section = renderer.parser.renderInline(heading)
-            title = title or section
+            shown = renderer.parser.renderInline(heading)
+            title = title or shown
+            if heading.startswith("Exercise:"):
+                exercise = shown  # stands above its own slide only: the text goes on after it
+            else:
+                section = shown
         if "slide" in tags or ("slide-more" in tags and not slides):
-            slides.append(Slide(section))
+            slides.append(Slide(exercise or section))
         if {"slide", "slide-more"} & set(tags):
             slides[-1].parts += renderer.parts(cell)
             slides[-1].notes += [notes] if (notes := cell.metadata.get("notes")) else []
@@ -274,7 +278,7 @@ MathJax.startup.promise.then(function () {{
 STYLE = """\
 :root { --r-main-font-size: 34px; --r-heading1-size: 2.2em; --r-heading2-size: 1.3em; }
 :root { --r-heading-text-transform: none; }
-.reveal .slides section { text-align: left; flex-direction: column; height: 100%; }
+.reveal .slides section { text-align: left; flex-direction: column; height: 96%; }
 .reveal .slides section > * { flex: none; }
 .reveal .slides section.cover { justify-content: center; text-align: center; }
 .reveal .slides section > h2 { margin-bottom: 0.4em; }
@@ -284,9 +288,11 @@ STYLE = """\
 /* a figure takes the room that the words leave */
 .reveal .slides section > img { flex: 1 1 0; min-height: 300px; max-height: 500px; max-width: 100%; margin: 0.1em auto;
   object-fit: contain; }
+.reveal .controls { font-size: 7px; bottom: 2px; right: 4px; }
 .reveal .slide-number { right: auto; left: 8px; background: none; color: #444; font-size: 16px; }
 .reveal .caption { font-size: 0.82em; line-height: 1.2; color: #333; text-align: center; }
 .reveal table { font-size: 0.85em; margin: 0.3em auto; }
+.reveal table :is(td, th) { padding: 0.15em 0.5em; }
 .reveal pre { width: auto; margin: 0.3em 0; font-size: 0.7em; line-height: 1.3; box-shadow: none; background: #f4f4f4;
   padding: 0.6em; }
 .reveal pre code { max-height: none; overflow: visible; padding: 0; }
