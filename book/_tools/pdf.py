@@ -30,7 +30,7 @@ SITE = ROOT / "_build" / "html"
 TARGET = SITE / "what-a-gradient-gives-away.pdf"
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LEFT_OUT = ("book/api",)
-PAPER = {"format": "A4", "margin": {"top": "17mm", "bottom": "18mm", "left": "17mm", "right": "17mm"}}
+PAPER = {"format": "A4", "scale": 0.9, "margin": {"top": "17mm", "bottom": "18mm", "left": "17mm", "right": "17mm"}}
 FOOTER = '<div style="font: 8px sans-serif; width: 100%; text-align: center; color: #555">{}</div>'
 UNFOLD = """() => {
   document.documentElement.dataset.theme = "light";
