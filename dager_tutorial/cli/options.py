@@ -35,7 +35,9 @@ Dtype = Annotated[
 Labels = Annotated[list[int] | None, Option("--label", help="Class of each --text, in order; 0, 1, 0, ...")]
 MaxLength = Annotated[int | None, Option("--max-length", min=1, help="Truncate texts to so many tokens.")]
 Seed = Annotated[int, Option("--seed", help="Seed of everything drawn: the batch, the head, the masks, the search.")]
-Share = Annotated[str, Option("--share", help="Gradients sent: all, attention, or parameter names joined by commas, * for anything.")]
+Share = Annotated[
+    str, Option("--share", help="Gradients sent: all, attention, or parameter names joined by commas, * for anything.")
+]
 Task = Annotated[
     Literal["classification", "next_token", "masked"],
     Option("--task", help="What the client trains: next_token needs a causal model, masked a bidirectional one."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +40,10 @@ Projections = tuple[
     Float[Tensor, "*rows heads head_width"],
 ]
 """Query, key and value of such vectors."""
+
+
+class _AllSeen(Exception):
+    """All that was wanted of a forward pass was seen."""
 
 
 class Adapter(ABC):
@@ -119,6 +124,8 @@ class Adapter(ABC):
     ) -> dict[Tap, Float[Tensor, "batch length _"]]:
         """Run the unmodified forward pass and read the inputs of linear maps through forward pre-hooks.
 
+        The pass ends with the last of them.
+
         Args:
             token_ids: int64, batch x length.
             attention_mask: int64, batch x length, 0 at pads.
@@ -129,15 +136,23 @@ class Adapter(ABC):
             For each tap, batch x length x inputs, in the network's dtype.
         """
         seen: dict[Tap, Tensor] = {}
-        handles = []
-        for tap in taps:
-            module = self.linear_maps(tap.block, tap.kind)[0]
-            handles.append(module.register_forward_pre_hook(lambda _, args, tap=tap: seen.__setitem__(tap, args[0])))
+        wanted = set(taps)
+
+        def look(tap: Tap, args: tuple[Tensor, ...]) -> None:
+            seen[tap] = args[0]
+            if len(seen) == len(wanted):
+                raise _AllSeen
+
+        maps = {tap: self.linear_maps(tap.block, tap.kind)[0] for tap in wanted}
+        handles = [
+            each.register_forward_pre_hook(lambda _, args, tap=tap: look(tap, args)) for tap, each in maps.items()
+        ]
         positions = self.position_ids(attention_mask)
         if starts is not None:
             positions = positions + starts[:, None]
         try:
-            self.network(input_ids=token_ids, attention_mask=attention_mask, position_ids=positions)
+            with suppress(_AllSeen):
+                self.network(input_ids=token_ids, attention_mask=attention_mask, position_ids=positions)
         finally:
             for handle in handles:
                 handle.remove()

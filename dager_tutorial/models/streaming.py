@@ -53,7 +53,9 @@ class Stored:
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(self.key)
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read {quote(self.key)} from {self.path} ({error}): copy the file again") from error
+            raise ModelError(
+                f"cannot read {quote(self.key)} from {self.path} ({error}): copy the file again"
+            ) from error
 
     def put(self, parameter: Tensor) -> None:
         """Give a parameter its numbers, in its own dtype and on its own device."""

@@ -48,7 +48,7 @@ def write_random(config: PreTrainedConfig, seed: int, folder: Path, dtype: torch
 def _constructed(module: nn.Module) -> None:
     """Draw what PyTorch's own constructor draws."""
     if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+        module.reset_parameters()  # type: ignore[operator]
 
 
 def _drawn(network: PreTrainedModel, draw: Callable[[nn.Module], None]) -> Iterator[tuple[str, Tensor]]:

@@ -30,7 +30,7 @@ from dager_tutorial.zoo.checkpoint import (
 from dager_tutorial.zoo.device import check_device, to_device
 from dager_tutorial.zoo.drawn import write_random
 from dager_tutorial.zoo.hub import hub_folder, is_hub_name
-from dager_tutorial.zoo.memory import check_drawable, is_large, to_be_streamed
+from dager_tutorial.zoo.memory import check_drawable, is_large, return_memory, to_be_streamed
 from dager_tutorial.zoo.pinned import PINNED, pinned_checkpoint
 from dager_tutorial.zoo.random import BUILT_IN, RANDOM, offline_tokenizer, random_model
 from dager_tutorial.zoo.records import ModelRecord, pinned_record, random_record
@@ -171,6 +171,7 @@ def _load_trained(
     tokenizer = read_tokenizer(folder)
     check_vocabulary(tokenizer, config, folder)
     if to_be_streamed(name, config, device, stream):
+        return_memory()
         return streamed_backbone(folder, config, device), tokenizer
     return to_device(read_backbone(folder, config, seed), device), tokenizer
 

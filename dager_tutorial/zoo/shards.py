@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,8 +56,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """
     index = folder / INDEX
     if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
-        return {key: Stored(file, key) for file in files for key in _keys(file)}
+        return {key: Stored(file, key) for file in sorted(folder.glob("*.safetensors")) for key in _keys(file)}
     try:
         listed = json.loads(index.read_text())["weight_map"]
         files = {key: Path(name) for key, name in listed.items()}
@@ -104,7 +104,8 @@ def _check_files(network: PreTrainedModel, found: Mapping[str, Stored]) -> None:
                     _check_tensor(file.get_slice(place.key), network.get_parameter(name), place)
 
 
-def _check_tensor(described, parameter: nn.Parameter, place: Stored) -> None:
+def _check_tensor(described: Any, parameter: nn.Parameter, place: Stored) -> None:
+    """Look at what a shard says of a tensor."""
     shape, dtype = tuple(described.get_shape()), described.get_dtype()
     if dtype not in DTYPES:
         raise ModelError(f"{place.key} in {place.path} is {dtype}: weights are read from {', '.join(DTYPES)}")

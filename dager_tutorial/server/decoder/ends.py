@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.streaming import is_streamed
 from dager_tutorial.models.tap import QUERY, Tap
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.tree import Tree
@@ -95,7 +96,9 @@ def _last_ratios(
     ratios: dict[Tap, dict[int, float]] = {tap: {} for tap in last}
     device = adapter.first_input.tokens.device
     longest = max(len(tree.nodes[leaf].tokens) for leaf in leaves)
-    for group in torch.tensor(leaves).split(max(1, constants().tokens_at_once // longest)):
+    # Blocks that are read from files are read once a pass: fewer passes of more tokens.
+    tokens = constants().tokens_at_once * (constants().streamed_passes if is_streamed(adapter.network) else 1)
+    for group in torch.tensor(leaves).split(max(1, tokens // longest)):
         paths = [tree.path(leaf) for leaf in group.tolist()]
         ids, mask = _padded([tree.nodes[path[-1]].tokens for path in paths], device)
         starts = torch.tensor([tree.nodes[path[-1]].start for path in paths], device=device)
