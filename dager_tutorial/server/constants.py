@@ -66,7 +66,6 @@ class Constants:
     longest_repeat: int = _constant(512, "how far a repeated first token is followed while rows are missing", "cost")
     longest_repeat_in_noise: int = _constant(16, "the same where noise hides how many rows there are", "cost")
     tokens_at_once: int = _constant(2048, "tokens that go through the whole network at once", "cost")
-    streamed_passes: int = _constant(4, "such passes made at once where each reads the network's blocks anew", "cost")
     false_alarms: float = _constant(
         0.01, "extensions that chance alone may keep at one position of a search by leverage", "chosen"
     )

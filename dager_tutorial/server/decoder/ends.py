@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dager_tutorial.models.adapter import DecoderAdapter
-from dager_tutorial.models.streaming import is_streamed
+from dager_tutorial.models.streaming import tokens_at_once
 from dager_tutorial.models.tap import QUERY, Tap
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.tree import Tree
@@ -96,8 +96,7 @@ def _last_ratios(
     ratios: dict[Tap, dict[int, float]] = {tap: {} for tap in last}
     device = adapter.first_input.tokens.device
     longest = max(len(tree.nodes[leaf].tokens) for leaf in leaves)
-    # Blocks that are read from files are read once a pass: fewer passes of more tokens.
-    tokens = constants().tokens_at_once * (constants().streamed_passes if is_streamed(adapter.network) else 1)
+    tokens = tokens_at_once(adapter.network, constants().tokens_at_once)
     for group in torch.tensor(leaves).split(max(1, tokens // longest)):
         paths = [tree.path(leaf) for leaf in group.tolist()]
         ids, mask = _padded([tree.nodes[path[-1]].tokens for path in paths], device)
