@@ -1,4 +1,4 @@
-"""A second device that there is none of: tensors that say they lie elsewhere, hold true numbers, and mix with no others.
+"""A second device that there is none of: its tensors say they lie elsewhere, hold true numbers, mix with no others.
 
 Every operation on them runs on the CPU, after checking what a real device checks: that all tensors lie on it (numbers
 without dimensions apart), and, of Apple's, that none is float64.
@@ -123,7 +123,7 @@ class FarDevice(TorchDispatchMode):
             raise AssertionError(f"{operation} mixes devices: {[tuple(each.shape) for each in tensors]}")
         chosen = kwargs.get("device")
         there = bool(far) if chosen is None else torch.device(chosen).type == self.device.type
-        if chosen is not None:
+        if chosen is not None and there:
             kwargs["device"] = "cpu"
         same = {id(each.inner): each for each in far}
         result = operation(*tree_map(_here, args), **tree_map(_here, kwargs))

@@ -44,7 +44,7 @@ def test_the_device_is_one(there: FarDevice) -> None:
         assert there.operations > 2
 
 
-@MODELS
+@every("tiny_gpt2", "tiny_llama", "tiny_bert")
 def test_the_attack_runs_where_the_model_lies(model: LanguageModel, there: FarDevice) -> None:
     update = client_update(model, TEXTS)
     with there:
