@@ -57,7 +57,7 @@ def export(
     device: Device = "cpu",
     blocks: Blocks = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], Option("--dtype", help="What the weights are rounded to.")
+        Literal["float32", "bfloat16", "float16"], Option("--weights", help="What the weights are rounded to.")
     ] = "float32",
     results: OutputOptions,
 ) -> None:

@@ -126,7 +126,7 @@ def check_drawable(name: str, config: PreTrainedConfig, device: torch.device) ->
     free = min(free_memory(device), free_memory(torch.device("cpu")))
     if _at_most(config) > free and (whole := needs_of(config).whole) > free:
         raise ModelError(
-            f"{_too_large(name, whole, free)}: write it once with `dager models export {name} DIR --dtype bfloat16` "
+            f"{_too_large(name, whole, free)}: write it once with `dager models export {name} DIR --weights bfloat16` "
             "and use --model DIR, or keep fewer blocks with --blocks"
         )
 
