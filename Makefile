@@ -33,10 +33,10 @@ SEED  ?= 0
 KIND  ?= $(if $(findstring bert,$(MODEL))$(findstring minilm,$(MODEL)),encoder,decoder)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test book slides pages serve refresh lab bench lint format clean
+.PHONY: help setup demo test book slides pdf handouts pages serve refresh lab bench lint format clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(EVERYTHING) ## Create .venv and install the package and all tools into it (TORCH=cpu: without CUDA).
 
@@ -69,6 +69,12 @@ book: setup ## Build the book into _build/html; a warning is an error.
 
 slides: book ## Build the book, and a deck of slides from each chapter.
 	$(BIN)/python book/_tools/slides.py
+
+pdf: book ## Print the whole book into one PDF, which the site links to; needs a Chromium.
+	$(BIN)/python book/_tools/pdf.py
+
+handouts: setup ## Write each chapter for students, without solutions and answers, and for instructors.
+	$(BIN)/python book/_tools/notebooks.py handouts
 
 pages: slides ## Look at every page of the book and every slide in a headless browser.
 	DAGER_PAGES=1 $(BIN)/python -m pytest tests/test_pages.py

@@ -77,7 +77,7 @@ class Status(_Explained):
     )
     OUT_OF_TIME = (
         "out_of_time",
-        "the time budget was spent before the search had ended",
+        "the time budget was spent, or the run was stopped, before the search had ended",
         "what is reported was found so far; give more time",
     )
     WRONG_MODEL = (
@@ -98,7 +98,8 @@ class Certainty(Enum):
     WHOLE = "whole"
     """Every row lies in the spans, and so does the place where the text ends."""
     ROWS = "rows"
-    """Every row lies in the spans; whether the text ends there no tap shows: alone, it may be a beginning."""
+    """Every row lies in the spans. Whether the text ends there no tap shows (alone, it may be a beginning), or noise
+    leaves the spans without a clear gap, so that a false row may lie in them, too."""
     GUESS = "guess"
     """The likeliest answer; nothing confirms it."""
 

@@ -10,7 +10,7 @@ from dager_tutorial.cli import main
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.errors import DagerError
 from dager_tutorial.evaluation import bench, timing
-from dager_tutorial.evaluation.bench import DecoderBenchmark, bench_decoder, bench_scaling
+from dager_tutorial.evaluation.bench import DecoderBenchmark, bench_decoder
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.status import Status
 
@@ -89,16 +89,6 @@ def test_a_sentence_that_only_one_attack_finds_is_told(tiny_gpt2, monkeypatch):
     assert (record.exact, record.textbook_exact, record.same_sentences) == (1.0, 0.0, False)
 
 
-def test_scaling_measures_each_batch(tiny_gpt2):
-    stages = []
-    batches = [(TEXTS[:size], LABELS[:size]) for size in (1, 2, 3)]
-    records = bench_scaling(tiny_gpt2, batches, progress=lambda stage, *_: stages.append(stage))
-    assert [record.batch_size for record in records] == [1, 2, 3]
-    assert [record.n_tokens for record in records] == [7, 11, 15]
-    assert all(record.textbook_seconds is None and record.exact == 1.0 for record in records)
-    assert {"attack: filter", "attack: search"} == set(stages)
-
-
 def test_the_client_trains_a_classifier_and_shares_everything(tiny_gpt2, monkeypatch):
     played = []
     real = bench.play
@@ -113,9 +103,8 @@ def test_the_client_trains_a_classifier_and_shares_everything(tiny_gpt2, monkeyp
 
 def test_decoder_benchmarks_refuse_an_encoder_before_any_work(tiny_bert, monkeypatch):
     monkeypatch.setattr(bench, "play", lambda *_, **__: pytest.fail("worked in vain"))
-    for run in (lambda: bench_decoder(tiny_bert, TEXTS, LABELS), lambda: bench_scaling(tiny_bert, [(TEXTS, LABELS)])):
-        with pytest.raises(DagerError, match=r"tiny-bert.*dager bench encoder"):
-            run()
+    with pytest.raises(DagerError, match=r"tiny-bert.*dager bench encoder"):
+        bench_decoder(tiny_bert, TEXTS, LABELS)
 
 
 def test_commands_write_records(tiny_llama, monkeypatch, tmp_path, capsys):
@@ -132,7 +121,7 @@ def test_commands_write_records(tiny_llama, monkeypatch, tmp_path, capsys):
     assert [run["batch_size"] for run in runs] == [1, 3]
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     for run in runs:
-        sizes = [str(run[name]) for name in ("batch_size", "n_tokens", "distinct_prefixes")]
-        assert any(row[:3] == sizes and row[-2] == "100.0" for row in rows)
+        sizes = [str(run[name]) for name in ("batch_size", "rows")]
+        assert any(row[:2] == sizes and row[-2] == "100.0" for row in rows)
     assert main(["bench", "scaling", *options, "--batch-size", "4"]) == 2  # more than the file holds
     assert capsys.readouterr().err.startswith("dager: error: ")

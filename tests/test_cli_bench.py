@@ -10,9 +10,10 @@ import pytest
 
 from dager_tutorial.cli import main
 from dager_tutorial.client.config import ClientConfig
-from dager_tutorial.evaluation import ablation, bench
+from dager_tutorial.evaluation import ablation, scaling
 from dager_tutorial.evaluation.ablation import EncoderBenchmark
 from dager_tutorial.evaluation.accuracy import AccuracyRun, Batch
+from dager_tutorial.evaluation.scaling import ScalingRun
 
 
 @pytest.fixture
@@ -70,17 +71,29 @@ def test_bench_scaling_draws_growing_batches_and_shows_stages(zoo, tmp_path, cap
 
     def bench_scaling(model, batches, *, progress):
         sizes.append([len(texts) for texts, labels in batches if len(texts) == len(labels)])
-        counts = {"batch_size": 2, "n_tokens": 30, "distinct_prefixes": 28, "exact": 0.5, "status": "partial"}
-        times = {"fast_seconds": 3.5, "fast_stage_seconds": {"subspace": 1.25, "filter": 0.5}}
-        return [SimpleNamespace(to_json=lambda: counts | times)]
+        for rows, seconds in ((28, 3.5), (56, 14.0)):
+            stages = {"subspace": seconds / 2, "filter": 0.5, "search": 0.0}
+            yield ScalingRun("tiny", 2, 30, rows, 16, seconds, seconds, stages, 0.5, "texts_complete", 100.0, 1)
 
-    monkeypatch.setattr(bench, "bench_scaling", bench_scaling)
+    monkeypatch.setattr(scaling, "bench_scaling", bench_scaling)
     arguments = ["bench", "scaling", "--model", "tiny", "--data", "notes", "--json", str(tmp_path / "runs.json")]
-    assert main(arguments) == 0 and main([*arguments, "--batch-size", "3", "--batch-size", "5"]) == 0
+    assert main([*arguments, "--picture", str(tmp_path / "growth.png")]) == 0
+    assert main([*arguments, "--batch-size", "3", "--batch-size", "5"]) == 0
     assert sizes == [[1, 2, 4, 8, 16, 32], [3, 5]]
-    assert read(tmp_path / "runs.json")["model"] == "tiny" and len(read(tmp_path / "runs.json")["runs"]) == 1
+    told = read(tmp_path / "runs.json")
+    assert told["model"] == "tiny" and len(told["runs"]) == 2
+    assert told["growth"] == pytest.approx({"subspace": 2.0, "filter": 0.0, "search": None, "total": 2.0})
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows.count(["2", "30", "28", "1.25", "0.50", "0.00", "3.50", "50.0", "partial"]) == 2
+    first = ["2", "28", "1.75", "0.50", "0.00", "3.50", "125.0", "50.0", "texts_complete"]
+    assert rows.count(first) == 2 and rows.count(["rows^", "2.00", "0.00", "2.00"]) == 2
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name, said", [("growth.txt", "is no picture"), ("absent/growth.png", "absent")])
+def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(name, said, tmp_path, capsys):
+    arguments = ["bench", "scaling", "--model", "nowhere", "--data", "notes", "--picture", str(tmp_path / name)]
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_bench_encoder_hands_on_its_limits_and_shows_means(zoo, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -12,10 +13,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dager_tutorial"
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 ROW = re.compile(
-    r"^\| (?:\[(?P<chapter>\d) [^]]+\]\((?P<page>[^)]+)\)|no chapter yet) \| (?P<files>`.+`) \|$", re.MULTILINE
+    r"^\| (?:\[(?P<title>[^]]+)\]\(book/(?P<chapter>\d\d_\w+)\.ipynb\)|no chapter yet) \| (?P<files>`.+`) \|$",
+    re.MULTILINE,
 )
-ROWS = [(int(row["chapter"] or 0), row["page"], re.findall(r"`([^`]+)`", row["files"])) for row in ROW.finditer(GUIDE)]
-EXPLAINED = ("client", "evaluation", "models", "server", "textbook")
+ROWS = [(row["chapter"], row["title"], re.findall(r"`([^`]+)`", row["files"])) for row in ROW.finditer(GUIDE)]
+EXPLAINED = ("challenges", "client", "evaluation", "models", "server", "textbook")
 NAMED = {entry for _, _, entries in ROWS for entry in entries}
 
 
@@ -28,11 +30,9 @@ def files_of(entry: str) -> set[str]:
     return {path for path in inside if not any(path == other or path.startswith(other) for other in better)}
 
 
-def chapters_named_in(path: Path) -> set[int]:
-    """Chapters that the docstring at the top of a file names."""
-    docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-    lists = re.findall(r"\b[Cc]hapters?\s+(\d(?:(?:,\s+|\s+and\s+|\s+to\s+)\d)*)", docstring)
-    return {int(digit) for found in lists for digit in re.findall(r"\d", found)}
+def chapters_named_in(path: Path) -> set[str]:
+    """Chapters that the docstring at the top of a file names, by the names of their files."""
+    return set(re.findall(r"`(\d\d_\w+)`", ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""))
 
 
 CHAPTERS_OF = {}
@@ -42,9 +42,18 @@ for _chapter, _, _entries in ROWS:
 
 
 def test_the_table_has_every_chapter_of_the_book_in_order():
-    pages = sorted(f"book/{path.name}" for path in (ROOT / "book").glob("0*.ipynb"))
-    assert [page for _, page, _ in ROWS] == [*pages, None]
-    assert [chapter for chapter, _, _ in ROWS] == [*range(1, len(pages) + 1), 0]
+    notebooks = sorted((ROOT / "book").glob("[0-9]*.ipynb"))
+    titles = [json.loads(path.read_text("utf-8"))["cells"][0]["source"] for path in notebooks]
+    written = [
+        ("".join(title).splitlines()[0].removeprefix("# "), path.stem)
+        for title, path in zip(titles, notebooks, strict=True)
+    ]
+    assert [(title, chapter) for chapter, title, _ in ROWS] == [*written, (None, None)]
+
+
+def test_docstrings_name_only_chapters_that_are_there():
+    named = {name: path for path in PACKAGE.rglob("*.py") for name in chapters_named_in(path)}
+    assert {name: path for name, path in named.items() if not (ROOT / "book" / f"{name}.ipynb").exists()} == {}
 
 
 def test_the_table_names_only_what_is_there():
@@ -56,10 +65,10 @@ def test_the_table_names_only_what_is_there():
 def test_the_table_has_a_row_for_every_file():
     present = {str(path.relative_to(PACKAGE)) for room in EXPLAINED for path in (PACKAGE / room).rglob("*.py")}
     assert {path for path in present - set(CHAPTERS_OF) if not path.endswith("__init__.py")} == set()
-    assert [path for path, chapters in CHAPTERS_OF.items() if 0 in chapters and len(chapters) > 1] == []
+    assert [path for path, chapters in CHAPTERS_OF.items() if None in chapters and len(chapters) > 1] == []
 
 
-@pytest.mark.parametrize("path", sorted(path for path, chapters in CHAPTERS_OF.items() if chapters != {0}))
+@pytest.mark.parametrize("path", sorted(path for path, chapters in CHAPTERS_OF.items() if chapters != {None}))
 def test_a_file_names_the_chapters_that_explain_it(path):
     assert chapters_named_in(PACKAGE / path) >= CHAPTERS_OF[path]
 

@@ -35,12 +35,13 @@ def assert_alike(found: Signal, full: Signal) -> None:
     assert float((projected.norm(dim=0) * full.values).max()) < 0.01 * full.tail.largest
     assert found.tail.energy == pytest.approx(full.tail.energy, rel=0.15)
     assert found.tail.largest == pytest.approx(full.tail.largest, rel=0.35)
-    freedom = [tail.energy**2 / tail.fourth for tail in (found.tail, full.tail)]
-    assert freedom[0] == pytest.approx(freedom[1], rel=0.3)
+    # Of the fourth powers only the bound of the span test is made.
+    bounds = [Span(each.directions, each.values, each.tail, 700).bound for each in (found, full)]
+    assert bounds[0] == pytest.approx(bounds[1], rel=0.06)
 
 
 @settings(max_examples=20, deadline=None)
-@given(rows=st.integers(1, 110), spread=st.floats(0, 2.5), seed=st.integers(0, 2**31))
+@given(rows=st.integers(1, 145), spread=st.floats(0, 2.5), seed=st.integers(0, 2**31))
 def test_a_clean_signal_is_the_full_decompositions(rows: int, spread: float, seed: int) -> None:
     matrix = gradient(rows, spread=spread, seed=seed).float().double()
     found = signal_of(matrix, FLOAT32)

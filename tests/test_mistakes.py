@@ -37,7 +37,7 @@ MISTAKES = {
     "--batch-size": ["bench", "decoder", "--model", "MODEL", "--data", "notes", "--batch-size", "0"],
     "use task 'masked'": ["attack", "--model", "ENCODER", "--text", "a", "--task", "next_token"],
     "bidirectional model": ["attack", "--model", "MODEL", "--text", "a", "--task", "masked"],
-    "dager bench encoder": ["bench", "scaling", "--model", "ENCODER", "--data", "notes"],
+    "dager bench encoder": ["bench", "decoder", "--model", "ENCODER", "--data", "notes"],
     "dager bench accuracy": ["bench", "encoder", "--model", "MODEL", "--data", "notes", "--batch-size", "1"],
     "no polish": ["bench", "encoder", "--model", "ENCODER", "--data", "notes", "--batch-size", "1", "--variant", "x"],
     "--task": ["attack", "--model", "MODEL", "--text", "a", "--task", "translation"],

@@ -3,7 +3,7 @@
     python book/_tools/notebooks.py refresh [NOTEBOOK ...]   execute again, all notebooks if none is named
     python book/_tools/notebooks.py build DRAFT ...          a draft (MyST .md or percent .py) becomes book/<name>.ipynb
     python book/_tools/notebooks.py draft NOTEBOOK           print the notebook as a MyST draft, without outputs
-    python book/_tools/notebooks.py handout NOTEBOOK         print the notebook without solutions and outputs
+    python book/_tools/notebooks.py handouts                 write _build/handouts/{student,instructor}/<name>.ipynb
 
 The notebooks are the source of the book. Drafts are a comfortable way to write them and are not kept.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
+HANDOUTS = ROOT / "_build" / "handouts"
 TIMEOUT = 300  # seconds a cell
 MOST_MEMORY = 1.5  # GB a notebook
 PROBE = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
@@ -51,6 +54,7 @@ import sys
 if "google.colab" in sys.modules:
     %pip install -q "dager-tutorial[notebooks] @ git+{url}"\
 """
+ANSWER = re.compile(r' *<details class="answer">.*?</details> *\n?', re.DOTALL)
 SOLUTION = {
     "jupyter": {"source_hidden": True},
     "mystnb": {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"},
@@ -182,25 +186,68 @@ def draft_of(path: Path) -> str:
     return jupytext.writes(notebook, fmt="md:myst")
 
 
-def handout_of(path: Path) -> str:
-    """A notebook for a class: without solutions, and without what the cells print."""
+def handout_of(path: Path, reader: str) -> str:
+    """A chapter for a class, as the text of a notebook.
+
+    Args:
+        path: The chapter.
+        reader: "student" gets no solutions, no answers, no outputs and no notes of the speaker; "instructor" gets all,
+            unfolded.
+
+    Returns:
+        A notebook's JSON.
+    """
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.get("tags", ())]
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+    change = {"student": _for_student, "instructor": _for_instructor}[reader]
+    notebook.cells = [change(cell) for cell in notebook.cells if reader != "student" or not _tells(cell)]
     return dumped(notebook)
+
+
+def _tells(cell: NotebookNode) -> bool:
+    """Whether a cell is there for its answer alone."""
+    return "solution" in cell.metadata.get("tags", ()) or (
+        cell.cell_type == "markdown" and not ANSWER.sub("", cell.source).strip()
+    )
+
+
+def _for_student(cell: NotebookNode) -> NotebookNode:
+    cell.metadata.pop("notes", None)
+    if cell.cell_type == "code":
+        cell.outputs, cell.execution_count = [], None
+    else:
+        cell.source = re.sub(r"\n{3,}", "\n\n", ANSWER.sub("", cell.source)).strip()
+    return cell
+
+
+def _for_instructor(cell: NotebookNode) -> NotebookNode:
+    cell.metadata.pop("jupyter", None)  # folds
+    if cell.cell_type == "markdown":
+        cell.source = cell.source.replace('<details class="answer">', '<details class="answer" open>')
+    return cell
+
+
+def handouts() -> None:
+    """Write both handouts of every chapter."""
+    shutil.rmtree(HANDOUTS, ignore_errors=True)
+    chapters = [path for path in notebook_paths() if path.stem[:2].isdigit()]
+    for reader in ("student", "instructor"):
+        (HANDOUTS / reader).mkdir(parents=True)
+        for path in chapters:
+            (HANDOUTS / reader / path.name).write_text(handout_of(path, reader), "utf-8")
+    print(f"{HANDOUTS.relative_to(ROOT)}/student and instructor: {len(chapters)} chapters each")
 
 
 def main() -> None:
     """Read the command line and do what it says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("refresh", "build", "draft", "handout"))
+    parser.add_argument("command", choices=("refresh", "build", "draft", "handouts"))
     parser.add_argument("files", nargs="*", type=Path)
     arguments = parser.parse_args()
-    if arguments.command in ("draft", "handout"):
+    if arguments.command == "draft":
         for path in arguments.files:
-            sys.stdout.write(draft_of(path) if arguments.command == "draft" else handout_of(path))
+            sys.stdout.write(draft_of(path))
+    elif arguments.command == "handouts":
+        handouts()
     elif arguments.command == "build":
         for path in arguments.files:
             build(path)

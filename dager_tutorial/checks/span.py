@@ -1,4 +1,4 @@
-"""Checks of chapter `04_noise`, low rank."""
+"""Checks of chapter `03_span`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dager_tutorial.checks.common import answer, close, equal, passed
 
+Pairs = list[tuple[int, int]]
+
 
 def _mixed(seed: int, rows: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
     """Input rows, and a gradient (outputs x inputs) that mixes them, float64."""
@@ -18,7 +20,7 @@ def _mixed(seed: int, rows: int, outputs: int, inputs: int) -> tuple[Tensor, Ten
 
 
 def relative_distance(function: Callable[[Tensor, Tensor, int], Tensor]) -> None:
-    """Exercise 2.1: how far vectors lie from the row space of a gradient, relative to their lengths.
+    """How far vectors lie from the row space of a gradient, relative to their lengths.
 
     Args:
         function: Takes a gradient (outputs x inputs), vectors (rows x inputs) and the gradient's rank; returns the
@@ -36,8 +38,44 @@ def relative_distance(function: Callable[[Tensor, Tensor, int], Tensor]) -> None
     passed(function)
 
 
+def lost_directions(function: Callable[[Pairs], Tensor]) -> None:
+    """The directions that block 0's inputs lose where tokens and positions are added.
+
+    Args:
+        function: Takes pairs of token and position; returns numbers on the vertices, a row for each component: first
+            the tokens in ascending order, then the positions.
+    """
+    batches = [
+        [(0, 0), (1, 1), (2, 2), (2, 1), (1, 2)],
+        [(7, 0), (3, 1), (9, 2)],
+        [(5, 0), (6, 0), (5, 1), (8, 2), (8, 3), (4, 2)],
+        [(4, 0), (6, 1), (5, 2), (4, 1), (5, 0)],  # two groups that a later pair joins
+    ]
+    for pairs in batches:
+        found = answer(function, pairs)
+        assert isinstance(found, Tensor), f"return a tensor, not {type(found).__name__}"
+        rows = _incidence(pairs)
+        assert found.ndim == 2 and found.shape[1] == rows.shape[1], "a column for each token, then for each position"
+        off = float((rows @ found.double().T).abs().max())
+        assert off < 1e-9, f"{pairs}: numbers of a token and a position of one pair must add up to zero"
+        lost = rows.shape[1] - int(torch.linalg.matrix_rank(rows))
+        equal(len(found), lost, f"the number of directions for {pairs}", hint="One for each component.")
+        independent = int(torch.linalg.matrix_rank(found.double()))
+        equal(independent, lost, "independent directions", hint="Zero outside the component, 1 and -1 inside.")
+    passed(function)
+
+
+def _incidence(pairs: Pairs) -> Tensor:
+    """Pairs x (tokens, positions), float64: a 1 for the token and a 1 for the position of each pair."""
+    tokens, places = sorted({token for token, _ in pairs}), sorted({place for _, place in pairs})
+    rows = torch.zeros(len(pairs), len(tokens) + len(places), dtype=torch.float64)
+    for row, (token, place) in zip(rows, pairs, strict=True):
+        row[tokens.index(token)] = row[len(tokens) + places.index(place)] = 1
+    return rows
+
+
 def rotary_ranks(function: Callable[[Sequence[Sequence[int]]], tuple[int, int]]) -> None:
-    """Exercise 2.2: the ranks of blocks 0 and 1 of a causal rotary model whose tokenizer adds nothing.
+    """The ranks of blocks 0 and 1 of a causal rotary model whose tokenizer adds nothing.
 
     Args:
         function: Takes token ids, a list for each text; returns the two ranks.
@@ -57,25 +95,4 @@ def rotary_ranks(function: Callable[[Sequence[Sequence[int]]], tuple[int, int]])
         found = answer(function, ids)
         assert isinstance(found, tuple) and len(found) == 2, "return two numbers: the ranks of blocks 0 and 1"
         equal((int(found[0]), int(found[1])), expected, f"the ranks for {ids}", hint=hints[kind])
-    passed(function)
-
-
-def hiding_noise(function: Callable[[Tensor, Tensor, int, float, Tensor], Tensor]) -> None:
-    """Exercise 2.3: the noise at which z of false rows falls to a bound.
-
-    Args:
-        function: Takes singular values (inputs), directions (inputs x inputs, as columns), the rank, the bound on z and
-            vectors (rows x inputs); returns a standard deviation for each vector.
-    """
-    for seed, rank, bound in ((0, 4, 5.0), (1, 9, 2.0)):
-        _, gradient = _mixed(seed, rank, 40, 24)
-        _, values, directions = torch.linalg.svd(gradient)
-        vectors = torch.randn(6, 24, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-        found = answer(function, values, directions.T, rank, bound, vectors)
-        # Outside the span: what the pseudo-inverse does not reproduce. The leverage: the squared length of u, x = u M.
-        weights = vectors @ torch.linalg.pinv(gradient, rtol=1e-9)
-        outside = (vectors - weights @ gradient).norm(dim=1)
-        expected = outside / (bound * weights.norm(dim=1) * (24 - rank) ** 0.5)
-        hint = "sigma = residual / (bound * sqrt((d - r) * leverage)), the leverage over the first r directions only."
-        close(found, expected, "the noise", hint=hint)
     passed(function)

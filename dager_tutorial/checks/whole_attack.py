@@ -1,9 +1,9 @@
-"""Checks of chapter `10_whole_attack`, the whole attack."""
+"""Checks of chapter `10_whole_attack`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -21,7 +21,7 @@ def _near(found: Any, expected: float, what: str, hint: str) -> None:
 
 
 def rouge_l(function: Callable[[Tokens, Tokens], float]) -> None:
-    """Exercise 6.1: ROUGE-L of two texts.
+    """ROUGE-L of two texts.
 
     Args:
         function: Takes the truth and the recovered text, lists of tokens; returns ROUGE-L, from 0 to 1.
@@ -42,7 +42,7 @@ def rouge_l(function: Callable[[Tokens, Tokens], float]) -> None:
 
 
 def exact_fraction(function: Callable[[list[Tokens], list[Tokens]], float]) -> None:
-    """Exercise 6.2: the fraction of texts that came back exactly.
+    """The fraction of texts that came back exactly.
 
     Args:
         function: Takes the true texts and the recovered ones, lists of lists of tokens; returns the fraction.
@@ -60,7 +60,7 @@ def exact_fraction(function: Callable[[list[Tokens], list[Tokens]], float]) -> N
 
 
 def captured_gradients(function: Callable[[nn.Module], dict[str, Tensor]]) -> None:
-    """Exercise 6.3: the gradients of a module, to be saved as an update.
+    """The gradients of a module, to be saved as an update.
 
     Args:
         function: Takes a module after `backward`; returns name to gradient.
@@ -80,7 +80,7 @@ def captured_gradients(function: Callable[[nn.Module], dict[str, Tensor]]) -> No
 
 
 def distinct_prefixes(function: Callable[[list[dict[str, Any]]], int]) -> None:
-    """Exercise 6.4: the number of distinct prefixes, from what `dager inspect --json` wrote.
+    """The number of distinct prefixes, from what `dager inspect --json` wrote.
 
     Args:
         function: Takes the rows of an inspection; returns the number, 0 where no row tells it.
@@ -101,4 +101,56 @@ def distinct_prefixes(function: Callable[[list[dict[str, Any]]], int]) -> None:
     ]
     for given, expected, hint in cases:
         equal(answer(function, given), expected, "the number of prefixes", hint=hint)
+    passed(function)
+
+
+class Counts(NamedTuple):
+    """What the attack on a causal model has counted when it ends.
+
+    Attributes:
+        rank: Rank of block 0; None where its gradient is missing or zero.
+        prefixes: Different prefixes that were confirmed.
+        promised: Different prefixes that a clear rank counts; None where noise hides it.
+        texts: Texts that are reported.
+        ends: Those of them that end where the last block has a row; None where it shows no ends.
+        promised_ends: Ends that a clear rank of the last block counts; None where noise hides it.
+    """
+
+    rank: int | None = 40
+    prefixes: int = 55
+    promised: int | None = 55
+    texts: int = 4
+    ends: int | None = 4
+    promised_ends: int | None = 4
+
+
+STATUSES = (
+    (Counts(), "texts_complete", "All promised prefixes were confirmed, and every text to its end."),
+    (Counts(ends=None, promised_ends=None), "rows_complete", "Every row is explained, and nothing shows the ends."),
+    (Counts(promised_ends=None), "rows_complete", "Noise hides how many ends there are: one may be missing."),
+    (Counts(promised_ends=5), "rows_complete", "Every row is explained; one end more is promised than was found."),
+    (Counts(ends=3), "partial", "A text ends where the last block has no row."),
+    (Counts(prefixes=50), "partial", "Prefixes are missing."),
+    (Counts(prefixes=57), "partial", "More pass than there can be: some are too alike to be told apart."),
+    (Counts(promised=None), "ends_confirmed", "The prefixes cannot be counted, but the ends can."),
+    (Counts(promised=None, ends=3), "partial", "One of the texts is not confirmed to its end."),
+    (Counts(promised=None, promised_ends=5), "partial", "The last block has one end more than was confirmed."),
+    (Counts(promised=None, promised_ends=None), "partial", "Without any promised number nobody knows what is missing."),
+    (Counts(promised=None, ends=None, promised_ends=None), "partial", "Nothing can be counted here."),
+    (Counts(rank=None, prefixes=0, texts=0, ends=None), "no_signal", "Nothing was shared that could be tested."),
+    (Counts(rank=0, prefixes=0, texts=0, ends=None), "noise", "A rank of 0: nothing stands out from noise."),
+    (Counts(prefixes=0, texts=0, ends=None), "wrong_model", "There is a span, and no text lies in it."),
+    (Counts(prefixes=0, promised=None, texts=0, ends=None), "wrong_model", "There is a span, and no text lies in it."),
+)
+"""Counts, the status that belongs to them, and what to think of where an answer differs."""
+
+
+def status(function: Callable[[Counts], str]) -> None:
+    """The status of an attack that ended in time and did not saturate.
+
+    Args:
+        function: Takes `Counts`; returns the status.
+    """
+    for counts, expected, hint in STATUSES:
+        equal(answer(function, counts), expected, f"the status for {counts}", hint=hint)
     passed(function)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dager_tutorial import __version__
-from dager_tutorial.cli import bench, models
+from dager_tutorial.cli import bench, challenge, models
 from dager_tutorial.cli.demo import demo
 from dager_tutorial.cli.display import printable
 from dager_tutorial.cli.parties import attack, capture, inspect, recover, score
@@ -28,6 +28,7 @@ for command in (demo, capture, recover, score, attack, inspect):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
+app.add_typer(challenge.app, name="challenge")
 
 
 @app.callback(invoke_without_command=True)

@@ -19,11 +19,13 @@ from dager_tutorial.cli.options import (
     drawn,
     flattened,
 )
+from dager_tutorial.cli.picture import draw_scaling, drawable
 from dager_tutorial.cli.progress import progress
 
 if TYPE_CHECKING:
     from dager_tutorial.evaluation.ablation import EncoderBenchmark
     from dager_tutorial.evaluation.accuracy import AccuracyRun
+    from dager_tutorial.evaluation.scaling import ScalingRun
     from dager_tutorial.evaluation.sensitivity import SensitivityRun
 
 SCALING = (1, 2, 4, 8, 16, 32)  # batch sizes of `bench scaling` where none is given
@@ -66,17 +68,23 @@ def scaling(
         list[int] | None,
         Option("--batch-size", min=1, help="Number of texts; repeat it. 1, 2, 4, ... 32 by default."),
     ] = None,
+    picture: Annotated[
+        Path | None, Option("--picture", callback=drawable, help="Draw seconds against rows (.png, .svg or .pdf).")
+    ] = None,
     seed: Seed = 0,
     results: OutputOptions,
 ) -> None:
-    """Time the attack on a causal model on growing batches."""
+    """Time the attack on growing batches, and say how each stage grows with the rows."""
     batches = [drawn(data, size, seed) for size in batch_size or SCALING]
     language_model = model.load()
-    from dager_tutorial.evaluation.bench import bench_scaling
+    from dager_tutorial.evaluation.scaling import bench_scaling, growth
 
     with progress() as advance:
-        runs = [run.to_json() for run in bench_scaling(language_model, batches, progress=advance)]
-    results.finish({"model": model.model, "runs": runs}, _scaling_table(runs))
+        runs = list(bench_scaling(language_model, batches, progress=advance))
+    if picture is not None:
+        draw_scaling(picture, runs)
+    record = {"model": model.model, "growth": growth(runs), "runs": [run.to_json() for run in runs]}
+    results.finish(record, _scaling_table(runs))
 
 
 @app.command()
@@ -171,15 +179,27 @@ def _line(run: AccuracyRun) -> str:
     return "  ".join((*parts, f"false={run.false}", f"R1={run.rouge1:.3f}", run.status, f"{run.seconds:.1f} s"))
 
 
-def _scaling_table(runs: list[dict[str, Any]]) -> Table:
-    """One row a batch: its size, the attack's seconds by stage, and what came of it."""
-    titles = ("texts", "tokens", "prefixes", *display.STAGES, "seconds", "exact %", "status")
+def _scaling_table(runs: list[ScalingRun]) -> Table:
+    """One row a batch: its size, the attack's seconds by stage, and what came of it; last, the exponents of growth."""
+    from dager_tutorial.evaluation.scaling import growth
+
+    titles = ("texts", "rows", *display.STAGES, "total", "ms/row", "exact %", "status")
     table = display.headed(*titles, left=["status"], collapse_padding=True)
     for run in runs:
-        sizes = (str(run[name]) for name in ("batch_size", "n_tokens", "distinct_prefixes"))
-        stages = (run["fast_stage_seconds"].get(stage, 0.0) for stage in display.STAGES)
-        seconds = (f"{duration:.2f}" for duration in (*stages, run["fast_seconds"]))
-        table.add_row(*sizes, *seconds, f"{100 * run['exact']:.1f}", run["status"])
+        seconds = (f"{duration:.2f}" for duration in (*run.stage_seconds.values(), run.seconds))
+        table.add_row(
+            str(run.batch_size),
+            str(run.rows),
+            *seconds,
+            f"{1000 * run.seconds / run.rows:.1f}",
+            f"{100 * run.exact:.1f}",
+            run.status,
+        )
+    powers = growth(runs)
+    if any(power is not None for power in powers.values()):
+        table.add_section()
+        shown = ("" if power is None else f"{power:.2f}" for power in powers.values())
+        table.add_row("", "rows^", *shown)
     return table
 
 

@@ -5,6 +5,7 @@ Commands of the server's side (`recover`, `inspect`) read an update file and a m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +24,7 @@ from dager_tutorial.cli.options import (
     TruthOptions,
     flattened,
 )
-from dager_tutorial.cli.progress import progress, waiting
+from dager_tutorial.cli.progress import progress, stoppable, waiting
 
 if TYPE_CHECKING:
     from dager_tutorial.evaluation.metrics import Score
@@ -145,11 +146,11 @@ def _limits(seed: int, time_budget: float | None) -> AttackConfig:
 
 
 def _attacked(model: LanguageModel, update: Update, limits: AttackConfig) -> Reconstruction:
-    """Recover the batch from the update, with a progress bar where somebody watches."""
+    """Recover the batch from the update, with a progress bar where somebody watches; Ctrl-C gives what was found."""
     from dager_tutorial.server.attack import attack
 
-    with progress() as advance:
-        return attack(model, update, config=limits, progress=advance)
+    with progress() as advance, stoppable() as stop:
+        return attack(model, update, config=replace(limits, stop=stop), progress=advance)
 
 
 def _compared(points: Score) -> tuple[RenderableType, ...]:

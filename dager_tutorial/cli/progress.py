@@ -1,8 +1,10 @@
-"""What whoever watches sees while the command line works: a spinner or bars, on standard error, gone afterwards."""
+"""What whoever watches sees while the command line works, and how to stop it: bars on standard error, and Ctrl-C."""
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -50,3 +52,27 @@ def progress(console: Console | None = None) -> Iterator[Advance]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield advance
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C ask the block to end with what it has; the second ends the program.
+
+    Yields:
+        Whether somebody asked.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may listen
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(number, before)
+        print("dager: stopping with what was found so far; press Ctrl-C again to give up", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""How long the attack takes beside the textbook version, and as batches grow.
+"""How long the attack takes beside the textbook version.
 
 The benchmark plays both parties: it computes the client's update, hands nothing but this update to the attacks, and
 compares what they found with the truth that the client kept.
@@ -6,7 +6,7 @@ compares what they found with the truth that the client kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -111,27 +111,6 @@ def bench_decoder(
         **_attack(fast, truth),
         **_beside(fast, slow, truth),
     )
-
-
-def bench_scaling(
-    model: LanguageModel,
-    batches: Iterable[tuple[Sequence[str], Sequence[int] | None]],
-    *,
-    progress: Progress | None = None,
-) -> list[DecoderBenchmark]:
-    """Time the attack on several batches, usually growing ones, without the textbook version.
-
-    The peak memory of each is that of the process so far, so that it only tells in order of size.
-
-    Args:
-        model: A causal model.
-        batches: Texts and labels of each batch.
-        progress: See `bench_decoder`.
-
-    Raises:
-        DagerError: See `bench_decoder`.
-    """
-    return [bench_decoder(model, *batch, textbook=False, progress=progress) for batch in batches]
 
 
 def _batch(truth: Truth) -> dict[str, Any]:

@@ -7,14 +7,14 @@ computes is compared with the unmodified transformers model in the tests.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -43,7 +43,7 @@ Projections = tuple[
 
 
 class _AllSeen(Exception):
-    """All that was wanted of a forward pass was seen."""
+    """Every input that was asked for has been read: the rest of the forward pass is not needed."""
 
 
 class Adapter(ABC):
@@ -124,8 +124,6 @@ class Adapter(ABC):
     ) -> dict[Tap, Float[Tensor, "batch length _"]]:
         """Run the unmodified forward pass and read the inputs of linear maps through forward pre-hooks.
 
-        The pass ends with the last of them.
-
         Args:
             token_ids: int64, batch x length.
             attention_mask: int64, batch x length, 0 at pads.
@@ -135,24 +133,29 @@ class Adapter(ABC):
         Returns:
             For each tap, batch x length x inputs, in the network's dtype.
         """
-        seen: dict[Tap, Tensor] = {}
-        wanted = set(taps)
-
-        def look(tap: Tap, args: tuple[Tensor, ...]) -> None:
-            seen[tap] = args[0]
-            if len(seen) == len(wanted):
-                raise _AllSeen
-
-        maps = {tap: self.linear_maps(tap.block, tap.kind)[0] for tap in wanted}
-        handles = [
-            each.register_forward_pre_hook(lambda _, args, tap=tap: look(tap, args)) for tap, each in maps.items()
-        ]
         positions = self.position_ids(attention_mask)
         if starts is not None:
             positions = positions + starts[:, None]
+        return self._tapped(taps, input_ids=token_ids, attention_mask=attention_mask, position_ids=positions)
+
+    def _tapped(self, taps: Iterable[Tap], **inputs: Any) -> dict[Tap, Tensor]:
+        """Inputs of linear maps during the unmodified forward pass, which ends as soon as the last was seen."""
+        missing, seen = set(taps), dict[Tap, Tensor]()
+
+        def keep(tap: Tap, vectors: Tensor) -> None:
+            seen[tap] = vectors
+            missing.discard(tap)
+            if not missing:
+                raise _AllSeen
+
+        modules = {tap: self.linear_maps(tap.block, tap.kind)[0] for tap in missing}
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, tap=tap: keep(tap, args[0]))
+            for tap, module in modules.items()
+        ]
         try:
-            with suppress(_AllSeen):
-                self.network(input_ids=token_ids, attention_mask=attention_mask, position_ids=positions)
+            with contextlib.suppress(_AllSeen):
+                self.network(**inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -167,6 +170,46 @@ class DecoderAdapter(Adapter):
     num_key_heads: int
     head_width: int
 
+    @torch.no_grad()
+    def tree_inputs(
+        self,
+        token_ids: Int[Tensor, " nodes"],
+        positions: Int[Tensor, " nodes"],
+        sees: Bool[Tensor, "nodes nodes"],
+        taps: Iterable[Tap],
+    ) -> dict[Tap, Float[Tensor, "nodes _"]]:
+        """The inputs of linear maps at every prefix of a tree, by one forward pass in which each stands once.
+
+        The prefixes are one sequence to the unmodified network, and the mask says which of them each one sees: no
+        pads, and what texts share is computed once.
+
+        Args:
+            token_ids: int64, each prefix's last token.
+            positions: int64, where it stands.
+            sees: For each prefix (rows) its own prefixes, itself included.
+            taps: Which inputs to read.
+
+        Returns:
+            For each tap, nodes x inputs, in the network's dtype.
+        """
+        distance = positions[:, None] - positions
+        windows = {block: self.window(block) for block in range(self.num_blocks)}
+        masks = {
+            window: self._additive(sees if window is None else sees & (distance < window))
+            for window in set(windows.values())
+        }
+        mask: Any = next(iter(masks.values()))
+        if len(masks) > 1:  # transformers takes one mask for each type of layer
+            mask = {self.config.layer_types[block]: masks[window] for block, window in windows.items()}
+        ids, places = token_ids[None], positions[None]
+        found = self._tapped(taps, input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
+        return {tap: vectors[0] for tap, vectors in found.items()}
+
+    def _additive(self, sees: Tensor) -> Tensor:
+        """A mask as transformers adds it to scores (1 x 1 x queries x keys)."""
+        mask = torch.zeros(sees.shape, dtype=self.network.dtype, device=sees.device)
+        return mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)[None, None]
+
     @abstractmethod
     def embed(self, token_ids: Int[Tensor, " rows"], position: int) -> Rows:
         """Hidden states (tokens x width) that tokens (int64) have before block 0 at a position."""
@@ -176,8 +219,16 @@ class DecoderAdapter(Adapter):
         """The normalised vectors (rows x width) that enter query, key and value of a block."""
 
     @abstractmethod
+    def query_key_value(self, block: int, vectors: Rows) -> RowProjections:
+        """Query (rows x heads x width), key and value (rows x key heads x width), the same at every position."""
+
+    def placed(self, block: int, projections: RowProjections, position: int) -> RowProjections:
+        """Query, key and value at a position: rotated, in rotary models."""
+        return projections
+
     def project(self, block: int, vectors: Rows, position: int) -> RowProjections:
         """Query (rows x heads x width), key and value (rows x key heads x width) at a position, with its rotation."""
+        return self.placed(block, self.query_key_value(block, vectors), position)
 
     @abstractmethod
     def scaling(self, block: int) -> float:

@@ -55,8 +55,8 @@ class GPT2Adapter(DecoderAdapter):
         """The normalised vectors (rows x width) that enter query, key and value of a block."""
         return self.blocks[block].ln_1(hidden)
 
-    def project(self, block: int, vectors: Rows, position: int) -> RowProjections:
-        """Query, key and value (rows x heads x width) at a position."""
+    def query_key_value(self, block: int, vectors: Rows) -> RowProjections:
+        """Query, key and value (rows x heads x width)."""
         parts = self.blocks[block].attn.c_attn(vectors).split(self.hidden_size, dim=-1)
         query, key, value = (part.unflatten(-1, (self.num_heads, self.head_width)) for part in parts)
         return query, key, value

@@ -61,16 +61,21 @@ class LlamaAdapter(DecoderAdapter):
         """The normalised vectors (rows x width) that enter query, key and value of a block."""
         return self.blocks[block].input_layernorm(hidden)
 
-    def project(self, block: int, vectors: Rows, position: int) -> RowProjections:
-        """Query (rows x heads x width), key and value (rows x key heads x width), query and key rotated."""
+    def query_key_value(self, block: int, vectors: Rows) -> RowProjections:
+        """Query (rows x heads x width), key and value (rows x key heads x width), not yet rotated."""
         attention = self.blocks[block].self_attn
         query, key, value = (
             linear(vectors).unflatten(-1, (-1, self.head_width))
             for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        if getattr(attention, "use_rope", True):  # some blocks of smollm3 see no positions at all
-            places = torch.full((1, 1), position, device=vectors.device)
-            cosine, sine = self.network.rotary_emb(vectors, places)
+        return query, key, value
+
+    def placed(self, block: int, projections: RowProjections, position: int) -> RowProjections:
+        """Query and key rotated, and the value."""
+        query, key, value = projections
+        if getattr(self.blocks[block].self_attn, "use_rope", True):  # some blocks of smollm3 see no positions at all
+            places = torch.full((1, 1), position, device=value.device)
+            cosine, sine = self.network.rotary_emb(value, places)
             query, key = apply_rotary_pos_emb(query, key, cosine[0], sine[0])
         return query, key, value
 

@@ -27,6 +27,7 @@ class AttackConfig:
         time_budget: Seconds after which every stage returns what it has; None for no limit.
         memory_mb: Megabytes that intermediate results may take, besides model and update.
         without: Parts of the encoder search to leave out, for ablations: any of `PARTS`.
+        stop: Asked often; once it says yes, every stage returns what it has, as when the time is spent. None for never.
 
     Raises:
         DagerError: A limit that no run can keep, or an unknown part.
@@ -40,6 +41,7 @@ class AttackConfig:
     time_budget: float | None = None
     memory_mb: int = 512
     without: frozenset[str] = frozenset()
+    stop: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
         """Refuse budgets that no run can keep."""
@@ -61,6 +63,7 @@ class Budget:
         deadline: Value of `time.perf_counter()` at which to stop; infinite for never.
         seed: Seed of everything drawn.
         progress: Who listens to progress, or None.
+        stop: Says whether to stop at once, or None.
 
     Example:
         >>> Budget(memory=1000).chunk(300), Budget(deadline=0.0).late
@@ -71,6 +74,7 @@ class Budget:
     deadline: float = math.inf
     seed: int = 0
     progress: Progress | None = None
+    stop: Callable[[], bool] | None = None
 
     @classmethod
     def of(cls, config: AttackConfig, begin: float, progress: Progress | None = None) -> Budget:
@@ -82,12 +86,12 @@ class Budget:
             progress: Who listens to progress, or None.
         """
         deadline = math.inf if config.time_budget is None else begin + config.time_budget
-        return cls(config.memory_mb * 2**20, deadline, config.seed, progress)
+        return cls(config.memory_mb * 2**20, deadline, config.seed, progress, config.stop)
 
     @property
     def late(self) -> bool:
-        """Whether the time is spent."""
-        return time.perf_counter() > self.deadline
+        """Whether the time is spent, or somebody wants the run to stop."""
+        return time.perf_counter() > self.deadline or (self.stop is not None and self.stop())
 
     def report(self, stage: str, done: int, total: int | None = None) -> None:
         """Tell whoever listens how far a stage is."""

@@ -43,8 +43,9 @@ class Constants:
         0.2, "root mean square of rounding to nearest, in units of epsilon and of the entry", "numerics: 0.2 to 0.29"
     )
     projection_error: float = _constant(2.0**-23, "relative error of projecting in float32", "numerics: epsilon")
-    sketch: int = _constant(64, "directions of the first sketch that looks for the signal", "cost")
-    growth: int = _constant(3, "factor by which a sketch grows while signal shows at its end", "cost")
+    sketch: int = _constant(32, "directions of the first sketch that looks for the signal", "cost")
+    growth: int = _constant(2, "factor by which a sketch grows while signal shows at its end", "cost")
+    largest_sketch: float = _constant(0.5, "share of the width above which all is decomposed at once", "cost")
     oversampling: int = _constant(12, "noise directions that a sketch must show behind the signal", "numerics")
     noise_probes: int = _constant(32, "random probes that measure the noise behind a sketch", "statistics")
     leverage_shift: float = _constant(
@@ -65,7 +66,7 @@ class Constants:
     screen_slack: float = _constant(2.0, "screened residuals may exceed the bound by so much", "statistics")
     longest_repeat: int = _constant(512, "how far a repeated first token is followed while rows are missing", "cost")
     longest_repeat_in_noise: int = _constant(16, "the same where noise hides how many rows there are", "cost")
-    tokens_at_once: int = _constant(2048, "tokens that go through the whole network at once", "cost")
+    tokens_at_once: int = _constant(512, "tokens that go through the whole network at once", "cost")
     false_alarms: float = _constant(
         0.01, "extensions that chance alone may keep at one position of a search by leverage", "chosen"
     )
@@ -96,6 +97,7 @@ class Constants:
     # Interior point (chapter `08_encoder_recovery`)
     iterations: int = _constant(40, "most iterations of the interior-point method", "cost: 15 to 20 are used")
     solved: float = _constant(3e-6, "residual at which the equations are solved to rounding", "numerics")
+    light_residual: float = _constant(1e-2, "residual above which float32 has digits enough", "numerics")
     spent: float = _constant(1e-13, "barrier at which no digits are left to gain", "numerics")
     constraint_weight: float = _constant(3.0, "weight of the constraints' rows against the equations'", "numerics")
     dead_weight: float = _constant(2e-4, "weight below which a candidate is dropped", "numerics")

@@ -13,6 +13,7 @@ Halko, Martinsson, Tropp, Finding Structure with Randomness, SIAM Review 2011 (a
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.rank import numerical_rank, right_singular, rounding_floor
+
+# Seeds that nobody else takes: a client that draws its noise from the seed of the probes would be measured wrongly.
+SKETCH_SEED, PROBE_SEED = 2_718_281_828, 3_141_592_653
 
 
 class Tail(NamedTuple):
@@ -108,39 +112,65 @@ def tail_of(values: Float[Tensor, " noise"]) -> Tail:
 
 
 def _sketched(matrix: Tensor, precision: float, guess: int) -> Signal | None:
-    """The signal by growing sketches; None where it does not stand clearly above its noise in a small one."""
+    """The signal by a growing sketch; None where it does not stand clearly above its noise in one that pays."""
     floor, spare = rounding_floor(matrix, precision), constants().oversampling
-    size, most = max(constants().sketch, guess + guess // 4 + spare), min(matrix.shape) // 2
+    size = max(constants().sketch, guess + guess // 4 + spare)
+    most = int(constants().largest_sketch * min(matrix.shape))
+    draw, light, spanned = (
+        torch.Generator().manual_seed(SKETCH_SEED),
+        matrix.float(),
+        matrix.new_empty(0, matrix.shape[1]),
+    )
     # Noise below the rounding of float64 products cannot be measured behind a projection.
+    weakest = math.inf
     while precision > 1e-12 and size <= most:
-        values, directions = _leading(matrix, size)
-        energy, fourth = _behind(matrix, directions)
-        rank = numerical_rank(values, len(matrix), floor, inputs=matrix.shape[1], beyond=energy)
-        if rank <= size - spare:
-            behind = tail_of(values[rank:])
-            tail = Tail(behind.energy + energy, behind.fourth + fourth, behind.largest)
-            clear = not rank or values[rank - 1] >= constants().clear_gap * tail.largest
-            return Signal(values[:rank], directions[:, :rank], tail, None, floor) if clear else None
-        size = min(size * constants().growth + spare, most) if size < most else most + 1
+        spanned = torch.cat([spanned, _powered(matrix, light, size - len(spanned), draw)])
+        basis = torch.linalg.qr(spanned.T).Q
+        before, weakest = weakest, _weakest_at_its_end(matrix, basis)
+        # To look at its end is cheap. Noise far above rounding is told from signal by not falling from size to size.
+        if weakest <= constants().largest_rounding * floor or weakest >= before / 2:
+            found = _taken_apart(matrix, basis, floor)
+            if len(found.values) <= size - spare:
+                clear = not len(found.values) or found.values[-1] >= constants().clear_gap * found.tail.largest
+                return found if clear else None
+        size = min(size * constants().growth, most) if size < most else most + 1
     return None
 
 
-def _leading(matrix: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Leading singular values and right singular vectors, by a random sketch and one power step."""
-    draw = torch.Generator().manual_seed(0)
-    mix = torch.randn(len(matrix), size, generator=draw, dtype=torch.float64).to(matrix.device)
-    basis = torch.linalg.qr(matrix.T @ mix).Q
-    basis = torch.linalg.qr(matrix.T @ (matrix @ basis)).Q
-    _, values, rows = torch.linalg.svd(torch.linalg.qr(matrix @ basis, mode="r").R)
-    return values, basis @ rows.T
+def _powered(matrix: Tensor, light: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """More rows of the sketch: random mixtures of the matrix's rows after one power step.
+
+    The first two products may be rounded to float32: what is wrong with them is filtered by the third, as noise is.
+    A few rows times a matrix is several times faster than the matrix times a few columns.
+    """
+    mixed = torch.randn(count, len(matrix), generator=draw).to(light.device) @ light
+    return (torch.linalg.qr(mixed.T).Q.T @ light.T).double() @ matrix
+
+
+def _weakest_at_its_end(matrix: Tensor, basis: Tensor) -> float:
+    """How strong the matrix is in the weakest of the last directions of a sketch."""
+    last = basis[:, -constants().oversampling :].T @ matrix.T
+    return torch.linalg.vector_norm(last, dim=1).min().item()
+
+
+def _taken_apart(matrix: Tensor, basis: Tensor, floor: float) -> Signal:
+    """The signal within a sketch, and the noise there and outside."""
+    heard = basis.T @ matrix.T
+    _, values, rows = torch.linalg.svd(torch.linalg.qr(heard.T, mode="r").R)
+    directions = basis @ rows.T
+    energy, fourth = _behind(matrix, directions)
+    rank = numerical_rank(values, len(matrix), floor, inputs=matrix.shape[1], beyond=energy)
+    behind = tail_of(values[rank:])
+    tail = Tail(behind.energy + energy, behind.fourth + fourth, behind.largest)
+    return Signal(values[:rank], directions[:, :rank], tail, None, floor)
 
 
 def _behind(matrix: Tensor, directions: Tensor) -> tuple[float, float]:
     """Energy and fourth powers of what lies outside some directions, from random probes (Hutchinson)."""
-    draw, count = torch.Generator().manual_seed(1), constants().noise_probes
-    probes = torch.randn(matrix.shape[1], count, generator=draw, dtype=torch.float64).to(matrix.device)
-    probes = probes - directions @ (directions.T @ probes)
-    heard = matrix @ probes
-    back = matrix.T @ heard
-    back = back - directions @ (directions.T @ back)
+    draw, count = torch.Generator().manual_seed(PROBE_SEED), constants().noise_probes
+    probes = torch.randn(count, matrix.shape[1], generator=draw, dtype=torch.float64).to(matrix.device)
+    probes = probes - (probes @ directions) @ directions.T
+    heard = probes @ matrix.T
+    back = heard @ matrix
+    back = back - (back @ directions) @ directions.T
     return heard.square().sum().item() / count, back.square().sum().item() / count

@@ -110,7 +110,12 @@ def _converted(adapter: Adapter, block: int, dtype: torch.dtype, place: torch.de
     if dtype == torch.float32:
         return adapter
     parts = list(adapter.blocks)
-    parts[block] = copy.deepcopy(parts[block]).to(place, dtype)
+    # A memo: these take the place of copies of the originals, which would only be made to be converted.
+    converted: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to(place, dtype), requires_grad=False)
+        for parameter in parts[block].parameters()
+    }
+    parts[block] = copy.deepcopy(parts[block], converted).to(place, dtype)
     return type(adapter)(_with_blocks(adapter.network, adapter.blocks, nn.ModuleList(parts), place))
 
 
@@ -152,8 +157,11 @@ def _replay_decoder(adapter: DecoderAdapter, block: int, hidden: Tensor) -> Repl
     """All positions at once but for what depends on the place: rotations, and which keys a query sees."""
     rows = hidden.flatten(0, 1)
     vectors = adapter.attention_input(block, rows)
-    by_position = vectors.unflatten(0, hidden.shape[:2]).unbind(1)
-    parts = [adapter.project(block, each, position) for position, each in enumerate(by_position)]
+    by_position = zip(
+        *(part.unflatten(0, hidden.shape[:2]).unbind(1) for part in adapter.query_key_value(block, vectors)),
+        strict=True,
+    )
+    parts = [adapter.placed(block, each, position) for position, each in enumerate(by_position)]
     query, keys, values = (torch.stack(part, 1) for part in zip(*parts, strict=True))
     starts = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
     attended = []

@@ -252,11 +252,15 @@ class Span:
         Returns:
             float32, of the vectors scaled to length 1.
         """
-        least = self.singular_values[0] * constants().projection_error
-        weights = 1.0 / self.singular_values.clamp(min=least)
-        vectors = vectors.float()
+        vectors, weights = vectors.float(), self.leverage_weights.sqrt()
         leverage = (vectors @ (self.directions * weights).float().to(self._basis.device)).square().sum(1)
         return leverage.clamp(min=1e-37).log() - vectors.square().sum(1).clamp(min=1e-37).log()
+
+    @property
+    def leverage_weights(self) -> Float[Tensor, " inputs"]:
+        """What each direction's square counts in the leverage: float64, as far as float32 can resolve it."""
+        least = self.singular_values[0] * constants().projection_error
+        return self.singular_values.clamp(min=least) ** -2
 
     def screen(self, count: int, generator: torch.Generator) -> Float[Tensor, "inputs chosen"]:
         """Random directions of the complement, scaled so that the projection keeps a residual's expected square.

@@ -3,7 +3,8 @@
 Every token of the vocabulary at every position is tested (chapter `05_token_filter`). The input of block 0's attention
 is `(D token + D position) / deviation + bias` with a fixed linear map D, so that its projection on any directions
 splits into a token part and a position part: all pairs cost one matrix product instead of one for each position.
-A few random directions of the complement decide almost all pairs; the survivors are tested exactly.
+A few random directions of the complement decide almost all pairs; where noise leaves no gap, lengths and leverages of
+all pairs do (`pairs`). The survivors are tested exactly.
 
 What survives is, for models with absolute positions, more than the batch: every token and position of one connected
 component of the graph of token-position pairs passes. Nothing here assumes otherwise.
@@ -11,16 +12,19 @@ component of the graph of token-position pairs passes. Nothing here assumes othe
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dager_tutorial.models.first_input import FirstInput
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.odds import chance_quantile, usual
+from dager_tutorial.server.pairs import ROUNDING, Forms, Images, Lengths
 from dager_tutorial.server.subspace import Span
 
 
@@ -61,51 +65,74 @@ class _Screen:
     (bound / r) ^ directions, and the exact test follows anyway.
     """
 
-    def __init__(self, source: FirstInput, directions: Tensor) -> None:
-        self.source, self.directions = source, directions
-        self.width = directions.shape[0]
-        # The mean is subtracted after the product, so that no second copy of the vocabulary is made.
-        mapped = source.gain[:, None] * directions
-        means = source.tokens.mean(1) * source.centred
-        self.token_part = source.tokens @ mapped - means[:, None] * mapped.sum(0)
-        self.token_square = torch.linalg.vector_norm(source.tokens, dim=1).square() - self.width * means.square()
-        bias = source.bias if source.bias is not None else directions.new_zeros(self.width)
-        self.bias_part = bias @ directions
-        self.bias_size = float(bias.norm())
+    def __init__(self, source: FirstInput, span: Span, budget: Budget) -> None:
+        self.images = Images.of(source, span.screen(constants().filter_directions, budget.generator()))
+        self.lengths = Lengths(source)
+        bias = 0.0 if source.bias is None else float(source.bias.norm())
+        gain = float(source.gain.abs().max()) * source.tokens.shape[1] ** 0.5 + bias
+        self.limit = constants().screen_slack * span.worst * gain
 
-    def passing(self, positions: Tensor, worst: float) -> Tensor:
-        """Pairs (count x 2, int64: token, index into `positions`) that may be true.
+    def passing(self, places: Float[Tensor, "places width"]) -> Int[Tensor, "pairs 2"]:
+        """Pairs (token, index into `places`) that may be true."""
+        if float(self.images.bias.norm()) > self.limit:
+            scales = self.lengths.scales(places)
+            seen = self.images.squares(places, scales)
+            return (seen.values - seen.errors <= self.limit**2).nonzero()
+        # Where the bias lies in the span, it is enough how large each token's deviation can be.
+        spread = self.lengths.source.spread(places)
+        largest = self.lengths.spreads.clamp(min=0).sqrt() + float(spread.norm(dim=1).max())
+        variance = largest.square() / spread.shape[1] + self.lengths.source.epsilon
+        tokens, images = self.images.tokens, self.images.positions(places)
+        own = tokens.square().sum(1)[:, None] + images.square().sum(1)
+        largest_square = own + 2 * tokens @ images.T
+        return (largest_square - ROUNDING[own.dtype] * own <= (2 * self.limit) ** 2 * variance[:, None]).nonzero()
 
-        Args:
-            positions: float32, positions x width, embeddings of the positions (one row of zeros for rotary models).
-            worst: The largest residual of a true row of length 1.
-        """
-        part, spread = self.source.linear(positions) @ self.directions, self.source.spread(positions)
-        gain = float(self.source.gain.abs().max()) * self.width**0.5 + self.bias_size
-        limit = constants().screen_slack * worst * gain
-        own = self.token_part.square().sum(1)[:, None] + part.square().sum(1)
-        residual = own + 2 * self.token_part @ part.T
-        # Squares cancel to within float32 rounding of their largest terms.
-        rounding = 1e-6 * own
-        if float(self.bias_part.norm()) <= limit:
-            largest = self._largest_variance(spread)
-            return (residual - rounding <= (2 * limit) ** 2 * largest[:, None]).nonzero()
-        scale = self._scales(spread)
-        rounding = rounding * scale.square() + 1e-6 * self.bias_part.square().sum()
-        residual = residual * scale.square() + self.bias_part.square().sum()
-        residual += 2 * ((self.token_part @ self.bias_part)[:, None] + part @ self.bias_part) * scale
-        return (residual - rounding <= limit**2).nonzero()
 
-    def _largest_variance(self, spread: Tensor) -> Tensor:
-        """The largest that each token's variance can be: enough where the bias lies in the span (tokens)."""
-        deviation = self.token_square.clamp(min=0).sqrt() + float(spread.norm(dim=1).max())
-        return deviation.square() / self.width + self.source.epsilon
+class _Exact:
+    """Residual of every pair against what a true row of its own leverage may have: for spans without a clear gap.
 
-    def _scales(self, spread: Tensor) -> Tensor:
-        """One over the deviation of each pair (tokens x positions)."""
-        # The positions' spread has mean zero where the norm subtracts means: the tokens' own need not be subtracted.
-        variance = self.token_square[:, None] + spread.square().sum(1) + 2 * self.source.tokens @ spread.T
-        return (variance / self.width + self.source.epsilon).clamp(min=1e-30).rsqrt()
+    The screen allows every pair what the weakest direction allows, which may be all that there is.
+    """
+
+    def __init__(self, source: FirstInput, span: Span, budget: Budget) -> None:
+        basis = span.signal.float().to(source.tokens.device)
+        self.span = span
+        self.forms = Forms(source, basis, span.strengths.float().to(basis.device) ** -2, budget)
+
+    def passing(self, places: Float[Tensor, "places width"]) -> Int[Tensor, "pairs 2"]:
+        """Pairs (token, index into `places`) that may be true; those that were tried before the time was spent."""
+        found = [torch.empty(0, 2, dtype=torch.long, device=places.device)]
+        for pairs in self.forms.at(places):
+            leverage = pairs.leverage.values + pairs.leverage.errors
+            allowed = self.span.bound**2 * (self.span.noise * leverage + self.span.arithmetic**2 * pairs.size)
+            outside = pairs.size - pairs.inside.values - 2 * pairs.inside.errors
+            found.append(pairs.chosen(outside <= allowed))
+        return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """The tests of all pairs, the cheap one and the one that always decides."""
+
+    source: FirstInput
+    span: Span
+    budget: Budget
+
+    @cached_property
+    def screen(self) -> _Screen:
+        """What decides nearly all pairs where the signal is clear."""
+        return _Screen(self.source, self.span, self.budget)
+
+    @cached_property
+    def exact(self) -> _Exact:
+        """What decides where it is not."""
+        return _Exact(self.source, self.span, self.budget)
+
+    def passing(self, places: Float[Tensor, "places width"]) -> Int[Tensor, "pairs 2"]:
+        """Pairs (token, index into `places`) that may be true."""
+        pairs = self.screen.passing(places)
+        # To test more pairs than there are tokens one by one costs more than to prepare the forms of all.
+        return self.exact.passing(places) if len(pairs) > len(self.source.tokens) else pairs
 
 
 def filter_tokens(source: FirstInput, span: Span, budget: Budget | None = None) -> Candidates:
@@ -123,45 +150,42 @@ def filter_tokens(source: FirstInput, span: Span, budget: Budget | None = None) 
 
     See chapter `05_token_filter`.
     """
-    budget = budget or Budget()
-    screen = _Screen(source, span.screen(constants().filter_directions, budget.generator()))
+    test = _Filter(source, span, budget or Budget())
     if source.positions is None:
-        alone = screen.directions.new_zeros(1, screen.width)
-        pairs = screen.passing(alone, span.worst)
-        return Candidates((_confirmed(source, span, pairs[:, 0], None, budget),), every_position=True)
+        pairs = test.passing(source.tokens.new_zeros(1, source.tokens.shape[1]))
+        return Candidates((_confirmed(test, pairs[:, 0], None),), every_position=True)
     found: list[Tensor] = []
     for start in range(0, len(source.positions), constants().filter_positions):
-        stretch = _stretch(screen, span, start, budget)
+        stretch = _stretch(test, source.positions, start)
         ended = not any(len(tokens) for tokens in stretch)
         if found and ended:
             break
         # A left-padded batch may leave the first positions empty: skip them until the first token.
         if not ended:
             found += [stretch[0][:0]] * (start - len(found)) + stretch
-        if budget.late:
+        if test.budget.late:
             break
     while found and not len(found[-1]):
         found.pop()
     return Candidates(tuple(found), every_position=False)
 
 
-def _stretch(screen: _Screen, span: Span, start: int, budget: Budget) -> list[Tensor]:
+def _stretch(test: _Filter, positions: Float[Tensor, "positions width"], start: int) -> list[Tensor]:
     """Confirmed tokens of each of some positions from `start` on."""
-    positions = screen.source.positions
-    assert positions is not None
     places = positions[start : start + constants().filter_positions]
-    pairs = screen.passing(places, span.worst)
+    pairs = test.passing(places)
     tokens = [pairs[pairs[:, 1] == index, 0] for index in range(len(places))]
-    stretch = [_confirmed(screen.source, span, each, start + index, budget) for index, each in enumerate(tokens)]
-    budget.report("filter", start + len(places))
+    stretch = [_confirmed(test, each, start + index) for index, each in enumerate(tokens)]
+    test.budget.report("filter", start + len(places))
     return stretch
 
 
-def _confirmed(source: FirstInput, span: Span, tokens: Tensor, position: int | None, budget: Budget) -> Tensor:
+def _confirmed(test: _Filter, tokens: Tensor, position: int | None) -> Tensor:
     """Those of the tokens whose exact residual is one of a true row, best first."""
+    source, span = test.source, test.span
     kept, ratios = [tokens[:0]], [source.tokens.new_empty(0)]
     for part in tokens.split(constants().filter_pairs):
-        if budget.late:
+        if test.budget.late:
             break
         places = None if position is None else torch.full_like(part, position)
         ratio = span.ratio(source.vectors(part, places))
@@ -173,8 +197,6 @@ def _confirmed(source: FirstInput, span: Span, tokens: Tensor, position: int | N
 def filter_by_leverage(source: FirstInput, span: Span, budget: Budget) -> Candidates:
     """Candidates where even block 0 is full: the tokens whose leverage stands out from the vocabulary's.
 
-    Chapter `11_limits`.
-
     Args:
         source: Factors of block 0's attention input.
         span: Span of block 0's query, key and value gradient.
@@ -182,17 +204,33 @@ def filter_by_leverage(source: FirstInput, span: Span, budget: Budget) -> Candid
 
     Returns:
         The candidates of each position up to the first that has none.
+
+    See chapter `11_limits`.
     """
-    vocabulary = torch.arange(len(source.tokens), device=source.tokens.device)
-    needed = chance_quantile(constants().false_alarms / len(vocabulary))
+    exact = torch.float32 if source.tokens.device.type == "mps" else torch.float64  # squares cancel by far
+    directions, weights = (part.to(source.tokens.device, exact) for part in (span.directions, span.leverage_weights))
+    forms = Forms(source, directions, weights, budget)
+    positions = source.positions
+    places = source.tokens.new_zeros(1, source.tokens.shape[1]) if positions is None else positions
     found: list[Tensor] = []
-    for position in range(1 if source.positions is None else len(source.positions)):
-        parts = vocabulary.split(constants().filter_pairs)
-        leverages = torch.cat(
-            [span.log_leverage(source.vectors(part, torch.full_like(part, position))) for part in parts]
-        )
-        tokens = vocabulary[usual(leverages).deviations(leverages) <= -needed]
-        if not len(tokens) or budget.late:
+    for stretch in places.split(constants().filter_positions):
+        standing_out = _by_leverage(forms, stretch)
+        found += standing_out
+        if len(standing_out) < len(stretch):
             break
-        found.append(tokens)
-    return Candidates(tuple(found) or (vocabulary[:0],), every_position=source.positions is None)
+        budget.report("filter", len(found))
+    return Candidates(tuple(found) or (torch.arange(0, device=places.device),), every_position=positions is None)
+
+
+def _by_leverage(forms: Forms, places: Float[Tensor, "places width"]) -> list[Tensor]:
+    """Tokens that stand out at each position, up to the first position that has none; nothing when time is spent."""
+    parts = [
+        (pairs.leverage.values.clamp(min=1e-300).log() - pairs.size.clamp(min=1e-37).log()).float()
+        for pairs in forms.at(places)
+    ]
+    if forms.budget.late:
+        return []
+    leverages = torch.cat(parts)
+    needed = chance_quantile(constants().false_alarms / len(leverages))
+    standing_out = [(usual(each).deviations(each) <= -needed).nonzero()[:, 0] for each in leverages.T]
+    return list(itertools.takewhile(len, standing_out))

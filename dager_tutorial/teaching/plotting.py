@@ -29,8 +29,30 @@ COLOURS = {
 }
 """The palette of Okabe and Ito, which people of every colour vision tell apart."""
 
-# Backgrounds on which black text can be read, by what a token turned out to be.
-MARKS = {"": "#f1f1f1", "true": "#bfe3d6", "false": "#f5cdb2", "unknown": "#d9d9d9", "special": "#cfe3f2"}
+
+@dataclass(frozen=True)
+class Mark:
+    """How a token looks by what it turned out to be: told apart by sign and line, not by colour alone.
+
+    Attributes:
+        background: On which black text can be read.
+        line: The line below the token, as CSS writes it.
+        sign: Before the token.
+    """
+
+    background: str
+    line: str
+    sign: str = ""
+
+
+MARKS = {
+    "": Mark("#f1f1f1", "2px solid transparent"),
+    "true": Mark("#bfe3d6", "2px solid #00664a", "✓"),
+    "false": Mark("#f5cdb2", "2px dashed #9a3400", "✗"),
+    "unknown": Mark("#d9d9d9", "2px dotted #555", "?"),
+    "special": Mark("#cfe3f2", "2px double #4a6f8a"),
+}
+"""By mark: a tick and a full line for true tokens, a cross and a broken one for false tokens."""
 
 
 def use_style() -> None:
@@ -78,8 +100,10 @@ class TokenStrip:
         return "|".join(self.tokens)
 
     def _repr_html_(self) -> str:
-        boxes = "".join(_box(token, mark) for token, mark in zip(self.tokens, self.marks, strict=True))
-        return f'<div role="img" aria-label="tokens: {html.escape(repr(self))}" style="line-height:2.1">{boxes}</div>'
+        marked = list(zip(self.tokens, self.marks, strict=True))
+        boxes = "".join(_box(token, mark) for token, mark in marked)
+        said = ", ".join(f"{token} ({mark})" if mark else token for token, mark in marked)
+        return f'<div role="img" aria-label="tokens: {html.escape(said)}" style="line-height:2.3">{boxes}</div>'
 
 
 def token_strip(
@@ -94,7 +118,7 @@ def token_strip(
             "special". Special tokens of the tokenizer are marked so unless something else is said.
 
     Returns:
-        An object that a notebook shows as coloured boxes and a terminal as text.
+        An object that a notebook shows as boxes, true and false ones with a tick and a cross, and a terminal as text.
     """
     special = set(tokenizer.all_special_ids)
     if isinstance(marks, Mapping):
@@ -115,8 +139,11 @@ def visible(text: str) -> str:
 
 
 def _box(token: str, mark: str) -> str:
-    style = f"background:{MARKS[mark]};color:#111;border-radius:3px;padding:1px 4px;margin:1px;white-space:pre"
-    return f'<code style="{style}">{html.escape(token)}</code> '
+    look = MARKS[mark]
+    style = f"background:{look.background};color:#111;border:0;border-bottom:{look.line};border-radius:3px 3px 0 0;"
+    sign = f'<span style="user-select:none;font-size:0.8em">{look.sign}</span>' if look.sign else ""
+    style += "padding:1px 4px;margin:1px;white-space:pre"
+    return f'<code style="{style}">{sign}{html.escape(token)}</code> '
 
 
 def show_source(function: Callable[..., Any]) -> Markdown:

@@ -8,7 +8,7 @@ prefixes pass, and the leaves are what can be said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -95,21 +95,40 @@ def _last_ratios(
     """
     ratios: dict[Tap, dict[int, float]] = {tap: {} for tap in last}
     device = adapter.first_input.tokens.device
-    longest = max(len(tree.nodes[leaf].tokens) for leaf in leaves)
-    tokens = tokens_at_once(adapter.network, constants().tokens_at_once)
-    for group in torch.tensor(leaves).split(max(1, tokens // longest)):
-        paths = [tree.path(leaf) for leaf in group.tolist()]
-        ids, mask = _padded([tree.nodes[path[-1]].tokens for path in paths], device)
-        starts = torch.tensor([tree.nodes[path[-1]].start for path in paths], device=device)
-        for tap, vectors in adapter.tap_inputs(ids, mask, last, starts=starts).items():
-            ratio = last[tap].ratio(vectors.flatten(0, 1)).view(mask.shape) / last[tap].bound
+    for nodes in _packs(tree, leaves, tokens_at_once(adapter.network, constants().tokens_at_once)):
+        ids, positions, sees = (part.to(device) for part in _sequence(tree, nodes))
+        for tap, vectors in adapter.tree_inputs(ids, positions, sees, last).items():
+            ratio = last[tap].ratio(vectors) / last[tap].bound
             if tap.kind == QUERY:  # a softmax over one key is constant: a first token has no query gradient
-                ratio[:, 0] = 0
-            for path, row in zip(paths, ratio.tolist(), strict=True):
-                ratios[tap].update(
-                    (index, value) for index, value in zip(path, row, strict=False) if not tree.nodes[index].repeats
-                )
+                ratio[torch.tensor([tree.nodes[node].parent is None for node in nodes], device=device)] = 0
+            values = zip(nodes, ratio.tolist(), strict=True)
+            ratios[tap].update((node, value) for node, value in values if not tree.nodes[node].repeats)
     return ratios
+
+
+def _packs(tree: Tree, leaves: list[int], most: int) -> Iterator[list[int]]:
+    """The prefixes on the way to some leaves, each once and behind its own, as many as go through at once."""
+    pack: dict[int, None] = {}
+    for leaf in leaves:
+        path = tree.path(leaf)
+        if pack and len(pack) + len(path) > most:
+            yield list(pack)
+            pack = {}
+        pack.update(dict.fromkeys(path))
+    yield list(pack)
+
+
+def _sequence(tree: Tree, nodes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Last token and position of each prefix (int64), and which prefixes are its own (nodes x nodes)."""
+    place = {node: index for index, node in enumerate(nodes)}
+    records = [tree.nodes[node] for node in nodes]
+    sees = torch.eye(len(nodes), dtype=torch.bool)
+    for index, record in enumerate(records):
+        if record.parent is not None:
+            sees[index] |= sees[place[record.parent]]
+    ids = torch.tensor([record.tokens[-1] for record in records])
+    positions = torch.tensor([record.start + len(record.tokens) - 1 for record in records])
+    return ids, positions, sees
 
 
 def _possible(tree: Tree, ends: set[int], ratios: Mapping[int, float], rank: int) -> set[int]:
@@ -119,11 +138,3 @@ def _possible(tree: Tree, ends: set[int], ratios: Mapping[int, float], rank: int
     """
     likeliest = sorted(ends, key=lambda index: (tree.nodes[index].parent is None, ratios[index]))
     return set(likeliest[:rank])
-
-
-def _padded(sequences: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (int64, batch x longest), padded on the right."""
-    longest = max(map(len, sequences))
-    ids = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences], device=device)
-    mask = torch.tensor([[1] * len(tokens) + [0] * (longest - len(tokens)) for tokens in sequences], device=device)
-    return ids, mask

@@ -9,7 +9,7 @@ prefixes, so that nothing is computed twice: what is left for each pair is one r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -109,12 +109,21 @@ class FirstBlock:
 
     def extension(self, position: int, tokens: Int[Tensor, " candidates"]) -> Extension:
         """What block 0 makes of candidates at a position."""
+        return self.placed(self.unplaced(tokens, position), position)
+
+    def unplaced(self, tokens: Int[Tensor, " candidates"], position: int = 0) -> Extension:
+        """The same before any rotation: for rotary models it is the same at every position."""
         adapter = self.adapter
         hidden = adapter.embed(tokens, position)
-        query, key, value = adapter.project(0, adapter.attention_input(0, hidden), position)
+        query, key, value = adapter.query_key_value(0, adapter.attention_input(0, hidden))
         groups = adapter.num_heads // adapter.num_key_heads
         seen = torch.einsum("chw,hwn->chn", value.repeat_interleave(groups, 1), self.directions)
         return Extension(position, tokens, hidden, query, key, value, seen)
+
+    def placed(self, extension: Extension, position: int) -> Extension:
+        """Candidates before any rotation at a position."""
+        query, key, _ = self.adapter.placed(0, (extension.query, extension.key, extension.value), position)
+        return replace(extension, position=position, query=query, key=key)
 
     def beginnings(self, extension: Extension) -> Int[Tensor, "pairs 2"]:
         """Pairs of no prefix (-1) and every candidate, where texts may begin at this position."""

@@ -48,8 +48,12 @@ class _Found:
         return Outcome(status, diagnosis, tuple(found))
 
     def _by(self, node: int) -> Confirmation:
-        """What confirms a text: residuals its rows, the last block its end; leverages alone confirm nothing."""
-        if node in self.texts.confirmed:
+        """What confirms a text: residuals its rows, the last block its end; leverages alone confirm nothing.
+
+        Under strong noise a false end can pass in the last block, too: it confirms only where its own signal is clear
+        and no more prefixes pass than it allows.
+        """
+        if node in self.texts.confirmed and self.ends.rank is not None:
             return Confirmation(Certainty.WHOLE, (*self.tested, *self.last))
         return Confirmation(Certainty.ROWS, tuple(self.tested)) if self.tested else Confirmation(Certainty.GUESS)
 
@@ -64,12 +68,14 @@ def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
     adapter = evidence.adapter
     assert isinstance(adapter, DecoderAdapter)
     first = evidence.present(adapter.tap(0, QKV)).popitem()[1]
-    spans = _cascade(evidence, adapter)
-    saturated = first.saturated or any(span.saturated for span in spans.values())
     candidates = _candidates(evidence, first, budget)
     if not candidates.count:
-        return no_candidates(late=budget.late, saturated=saturated)
-    last, expected = _last(evidence, adapter), expected_rows(spans.values())
+        return no_candidates(late=budget.late, saturated=first.saturated)
+    spans = _cascade(evidence, adapter, budget)
+    saturated = first.saturated or any(span.saturated for span in spans.values())
+    last, expected = _last(evidence, adapter, budget), expected_rows(spans.values())
+    if budget.late:
+        return Outcome(*no_beginning(adapter, late=True))
     with evidence.watch.stage("search"):
         if not saturated:
             tree = _by_residual(adapter, spans, candidates, budget)
@@ -120,16 +126,18 @@ def _by_leverage(
     return TreeSearch(candidates, LeverageSelector(adapter, spans, candidates, budget, widest=widest), budget).run()
 
 
-def _cascade(evidence: Evidence, adapter: DecoderAdapter) -> Spans:
+def _cascade(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spans:
     """Spans of the taps that the search tests; the MLP's only where one of the others cannot decide alone."""
     deeper = [adapter.tap(1, QKV)] if adapter.num_blocks > 1 else []
-    spans = evidence.present(adapter.tap(0, ATTENTION_OUTPUT), *deeper)
-    if len(spans) < 2 or not all(span.clear for span in spans.values()):
-        spans |= evidence.present(adapter.tap(0, MLP))
+    spans: Spans = {}
+    for tap in (adapter.tap(0, ATTENTION_OUTPUT), *deeper, adapter.tap(0, MLP)):
+        decided = len(spans) > 1 and all(span.clear for span in spans.values())
+        if not budget.late and not (tap.kind == MLP and decided):  # a span of a wide model takes a minute
+            spans |= evidence.present(tap)
     return spans
 
 
-def _last(evidence: Evidence, adapter: DecoderAdapter) -> Spans:
+def _last(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spans:
     """Spans that tell where texts end: of the last block, as far as it was shared and is not full.
 
     The attention's output map decides alone where it can tell; in low precision neighbours are too alike in it.
@@ -137,7 +145,7 @@ def _last(evidence: Evidence, adapter: DecoderAdapter) -> Spans:
     spans: Spans = {}
     for kind in (ATTENTION_OUTPUT, QUERY):
         tap = adapter.tap(adapter.num_blocks - 1, kind)
-        span = evidence.span(tap)
+        span = None if budget.late else evidence.span(tap)
         if span is not None and not span.saturated:
             spans[tap] = span
             if span.between >= constants().clear_gap * span.bound:

@@ -11,11 +11,12 @@ passes. Such chains are put aside and followed afterwards, and only while the gr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from dager_tutorial.server.budget import Budget
-from dager_tutorial.server.decoder.front import Front
+from dager_tutorial.server.decoder.front import Extension, Front
 from dager_tutorial.server.decoder.selector import Chosen, Selector
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.token_filter import Candidates
@@ -81,7 +82,11 @@ class TreeSearch:
         block, tokens = self.selector.block, self.candidates.at(position)
         if not len(tokens):
             return block.empty()
-        extension = block.extension(position, tokens)
+        extension = (
+            block.placed(self._everywhere, position)
+            if self.candidates.every_position
+            else block.extension(position, tokens)
+        )
         chosen = self._best(self.selector.select(front, extension))
         if not len(chosen.pairs):
             return block.empty()
@@ -94,6 +99,11 @@ class TreeSearch:
             )
         ]
         return block.grown(front, extension, chosen.pairs, nodes)
+
+    @cached_property
+    def _everywhere(self) -> Extension:
+        """The candidates of every position, before any rotation: computed once."""
+        return self.selector.block.unplaced(self.candidates.at(0))
 
     def _best(self, chosen: Chosen) -> Chosen:
         """As many of the chosen as there can be, the best, in their order."""

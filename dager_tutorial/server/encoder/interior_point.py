@@ -40,9 +40,10 @@ class _System:
     """What the equations are made of; of the candidates, the settled ones come first, then those that are alive.
 
     Attributes:
-        attention: float64, queries x heads x candidates.
-        outside: float64, heads x directions x candidates.
-        starts: For each query the first of the directions in which it is measured.
+        attention: queries x heads x candidates, float32 in the first iterations, then float64, as all that follows.
+        outside:  heads x directions x candidates.
+        turn: int64, the directions in turn, the first ones again behind the last.
+        starts: For each query the first of these in which it is measured.
         count: How many directions it is measured in.
         constraints: float64, groups x variables, 1 where a variable (an alive candidate, or a slack) is of a group.
         settled: int64, indices of the settled candidates.
@@ -51,6 +52,7 @@ class _System:
 
     attention: Tensor
     outside: Tensor
+    turn: Tensor
     starts: tuple[int, ...]
     count: int
     constraints: Tensor
@@ -64,6 +66,10 @@ class _Point:
 
     weights: Tensor
     dual: Tensor
+
+    def double(self) -> _Point:
+        """The same in float64."""
+        return _Point(self.weights.double(), self.dual.double())
 
     @property
     def barrier(self) -> float:
@@ -100,7 +106,8 @@ def relax(
         [1.0, 1.0, 0.0]
     """
     budget = budget or Budget()
-    system, point = _posed(attention, outside, slots, optional, measured)
+    # The first iterations, with all candidates, cost most and need few digits; the last ones get all that there are.
+    system, point = _posed(attention.float(), outside.float(), slots, optional, measured)
     scale, residual = None, 0.0
     for iteration in range(constants().iterations):
         if not len(system.alive):
@@ -109,14 +116,19 @@ def relax(
         scale = _scale(jacobian) if scale is None else scale
         rows, left = _with_constraints(system, point, jacobian, left, scale)
         residual = float(left.norm())
+        if budget.late:
+            break
+        if _is_light(system) and min(residual, 1000 * point.barrier) < constants().light_residual:
+            system, point, scale = _in_full(system, attention, outside), point.double(), scale.double()
+            continue
         solved = residual < constants().solved or point.barrier < constants().spent
-        after = None if solved or budget.late else _stepped(point, rows, left)
+        after = None if solved else _stepped(point, rows, left)
         if after is None:
             break
         point = after
         if iteration >= constants().settling:
             system, point = _without_dead(system, point)
-    return Relaxed(_all_weights(system, point, len(slots)), residual)
+    return Relaxed(_all_weights(system, point.double(), len(slots)), residual)
 
 
 def _posed(
@@ -134,9 +146,20 @@ def _posed(
     slacks = (optional & (sizes > 0)).nonzero()[:, 0]
     constraints = _groups(torch.cat([slots[alive], slacks])).to(attention)
     parts = outside[:, order].transpose(1, 2)[:, turn]
-    system = _System(attention[:, :, order], parts, starts, count, constraints, settled, alive)
+    system = _System(attention[:, :, order], parts, turn, starts, count, constraints, settled, alive)
     weights = (1.0 / constraints.sum(1, keepdim=True) * constraints).sum(0)
     return system, _Point(weights, torch.full_like(weights, 0.1))
+
+
+def _is_light(system: _System) -> bool:
+    return system.attention.dtype == torch.float32
+
+
+def _in_full(system: _System, attention: Tensor, outside: Tensor) -> _System:
+    """The same system in float64, from the tables it was posed with."""
+    order = torch.cat([system.settled, system.alive])
+    parts = outside[:, order].transpose(1, 2)[:, system.turn]
+    return replace(system, attention=attention[:, :, order], outside=parts, constraints=system.constraints.double())
 
 
 def _groups(slots: Tensor) -> Tensor:
