@@ -76,7 +76,7 @@ pdf: book ## Print the whole book into one PDF, which the site links to; needs a
 handouts: setup ## Write each chapter for students, without solutions and answers, and for instructors.
 	$(BIN)/python book/_tools/notebooks.py handouts
 
-pages: slides ## Look at every page of the book and every slide in a headless browser.
+pages: slides pdf ## Look at every page of the book and every slide in a headless browser.
 	DAGER_PAGES=1 $(BIN)/python -m pytest tests/test_pages.py
 
 serve: slides ## Show the book at http://localhost:8000.

@@ -20,7 +20,8 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 
-SITE = Path(__file__).parent.parent / "_build" / "html"
+ROOT = Path(__file__).parent.parent
+SITE = ROOT / "_build" / "html"
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if "_static" not in path.parts)
@@ -258,3 +259,18 @@ def test_the_widget_library_works_offline(tab, address):
     tab.evaluate("window.dispatchEvent(new Event('load'))")
     tab.wait_for_selector(".widget-slider", timeout=10_000)
     assert tab.strangers == []
+
+
+def test_the_printed_book_has_every_page_and_a_mark_for_each():
+    pypdf = pytest.importorskip("pypdf")
+    book = pypdf.PdfReader(SITE / "what-a-gradient-gives-away.pdf")
+    marks = [mark for mark in book.outline if not isinstance(mark, list)]
+    starts = [book.get_destination_page_number(mark) for mark in marks]
+    assert starts == sorted(starts)
+    for mark, start in zip(marks, starts, strict=True):
+        title, page = re.sub(r"[\d.\s]", "", mark.title), re.sub(r"[\d.\s]", "", book.pages[start].extract_text())
+        assert title in page, f"{mark.title} is not on page {start + 1}"
+    written = {re.sub(r"^[\d. ]+", "", mark.title) for mark in marks}
+    for path in sorted((ROOT / "book").glob("[0-9]*.ipynb")):
+        title = json.loads(path.read_text("utf-8"))["cells"][0]["source"]
+        assert "".join(title).splitlines()[0].removeprefix("# ") in written
