@@ -55,6 +55,11 @@ class Stopwatch:
         return {name: self.seconds.get(name, 0.0) for name in stages} | {"total": time.perf_counter() - self.begin}
 
 
+def available_memory() -> int:
+    """Bytes of memory that this machine has free, without swapping."""
+    return psutil.virtual_memory().available
+
+
 def peak_memory_mb() -> float:
     """Peak resident memory of this process in megabytes."""
     memory = psutil.Process().memory_info()

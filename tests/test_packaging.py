@@ -58,7 +58,12 @@ IMPORTED = {str(path.relative_to(PACKAGE)): imported(path) for path in PACKAGE.r
 
 
 def test_what_is_imported_is_declared():
-    extra_of = {"data.py": "datasets", "teaching": "notebooks", "cli/picture.py": "notebooks", "challenges": "instructor"}
+    extra_of = {
+        "data.py": "datasets",
+        "teaching": "notebooks",
+        "cli/picture.py": "notebooks",
+        "challenges": "instructor",
+    }
     for file, distributions in IMPORTED.items():
         extra = extra_of.get(file) or extra_of.get(Path(file).parts[0])
         declared = names_of(RUNTIME) | (names_of(EXTRAS[extra]) if extra else set())

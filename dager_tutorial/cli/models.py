@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -56,20 +56,24 @@ def export(
     seed: Annotated[int, Option("--seed", "--model-seed", help="Seed of the weights of a random: model.")] = 0,
     device: Device = "cpu",
     blocks: Blocks = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], Option("--weights", help="What the weights are rounded to.")
+    ] = "float32",
     results: OutputOptions,
 ) -> None:
     """Write a model as a normal Hugging Face folder: configuration, weights and tokenizer."""
     from dager_tutorial.zoo.names import export_model
 
-    written = export_model(name, folder, device=device, seed=seed, blocks=blocks)
+    written = export_model(name, folder, device=device, seed=seed, blocks=blocks, dtype=dtype)
     results.finish({"model": name, "folder": str(written)}, display.facts({"model": name, "folder": written}))
 
 
 def _table(records: Sequence[ModelRecord]) -> Table:
-    """The models that load by name, and whether they are cached."""
-    titles = ("name", "architecture", "parameters", "width", "blocks", "cached")
-    table = display.headed(*titles, left=titles[:2])
+    """The models that load by name, what their weights take in memory, and whether they are cached."""
+    titles = ("name", "weights", "blocks", "whole", "streamed", "cached")
+    table = display.headed(*titles, left=titles[:1])
     for record in records:
-        sizes = (f"{record.parameters / 1e6:,.0f} M", str(record.width), str(record.blocks))
-        table.add_row(Text(record.name, "bold"), record.architecture, *sizes, "yes" if record.cached else "no")
+        sizes = (f"{record.parameters / 1e6:,.0f} M", f"{record.blocks}×{record.width}")
+        memory = (f"{record.whole / 1e9:.1f}G", f"{record.streamed / 1e9:.1f}G")
+        table.add_row(Text(record.name, "bold"), *sizes, *memory, "yes" if record.cached else "no")
     return table

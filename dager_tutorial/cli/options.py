@@ -35,7 +35,9 @@ Dtype = Annotated[
 Labels = Annotated[list[int] | None, Option("--label", help="Class of each --text, in order; 0, 1, 0, ...")]
 MaxLength = Annotated[int | None, Option("--max-length", min=1, help="Truncate texts to so many tokens.")]
 Seed = Annotated[int, Option("--seed", help="Seed of everything drawn: the batch, the head, the masks, the search.")]
-Share = Annotated[str, Option("--share", help="Gradients sent: all, attention, or parameter names joined by commas.")]
+Share = Annotated[
+    str, Option("--share", help="Gradients sent: all, attention, or parameter names joined by commas, * for anything.")
+]
 Task = Annotated[
     Literal["classification", "next_token", "masked"],
     Option("--task", help="What the client trains: next_token needs a causal model, masked a bidirectional one."),
@@ -93,6 +95,10 @@ class ModelOptions:
     model_seed: Annotated[int, Option("--model-seed", help="Seed of the weights of a random: model.")] = 0
     device: Device = "cpu"
     blocks: Blocks = None
+    stream: Annotated[
+        bool | None,
+        Option(help="Read deeper blocks from disk each time they run; by default where the model is large for memory."),
+    ] = None
     threads: Annotated[int | None, Option("--threads", min=1, help="CPU threads; all cores by default.")] = None
 
     def load(self) -> LanguageModel:
@@ -104,7 +110,9 @@ class ModelOptions:
 
             if self.threads is not None:
                 torch.set_num_threads(self.threads)
-            return load_model(self.model, device=self.device, seed=self.model_seed, blocks=self.blocks)
+            return load_model(
+                self.model, device=self.device, seed=self.model_seed, blocks=self.blocks, stream=self.stream
+            )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class ClientConfig:
         dtype: `float32`, `float64`, `bfloat16` or `float16`: of forward pass, backward pass and gradients. Where it
             differs from the model's, a converted copy of the weights is made.
         share: `all` parameters, `attention` (weights and biases of every block's query, key, value and output maps), or
-            parameter names as the update spells them; a list is kept as a tuple. Other gradients are never computed.
+            parameter names as the update spells them, `*` standing for anything; a list is kept as a tuple. Other
+            gradients are never computed.
         padding_side: `right` or `left`; the gradient is the same up to rounding.
         max_length: Longest text in tokens, special ones included; longer texts are cut. None: no cut.
         seed: Seed of a fresh head, and of the masks.

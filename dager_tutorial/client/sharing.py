@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from dager_tutorial.errors import DagerError, quote
 from dager_tutorial.models.adapter import Adapter
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
+from dager_tutorial.stopwatch import available_memory
 
 
 def shared_parameters(client: PreTrainedModel, adapter: Adapter, share: str | Sequence[str]) -> dict[str, nn.Parameter]:
@@ -28,15 +30,36 @@ def shared_parameters(client: PreTrainedModel, adapter: Adapter, share: str | Se
     if share == "all":
         return parameters
     if share == "attention":
-        chosen = _attention_parameters(adapter)
-        return {name: parameter for name, parameter in parameters.items() if id(parameter) in chosen}
-    for name in share:
-        if name not in parameters:
+        attention = _attention_parameters(adapter)
+        return {name: parameter for name, parameter in parameters.items() if id(parameter) in attention}
+    chosen: set[str] = set()
+    for pattern in share:
+        named = fnmatch.filter(parameters, pattern) if "*" in pattern else {pattern} & parameters.keys()
+        if not named:
             raise DagerError(
-                f"share names {quote(name)}, which the client's {client.config.model_type} model has not: "
+                f"share names {quote(pattern)}, which the client's {client.config.model_type} model has not: "
                 f"use names such as {next(iter(parameters))!r}"
             )
-    return {name: parameter for name, parameter in parameters.items() if name in share}
+        chosen.update(named)
+    return {name: parameter for name, parameter in parameters.items() if name in chosen}
+
+
+def check_memory(shared: dict[str, nn.Parameter], share: str | Sequence[str]) -> None:
+    """Refuse gradients that do not fit into memory beside a model that is there for being too large.
+
+    Args:
+        shared: The parameters whose gradients are sent.
+        share: How the user chose them.
+
+    Raises:
+        DagerError: They do not fit.
+    """
+    wanted, free = sum(each.numel() * each.element_size() for each in shared.values()), available_memory()
+    if wanted > free:
+        raise DagerError(
+            f"the gradients of share {quote(share)} take {wanted / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
+            "share fewer, such as 'layers.0.self_attn.*' (in any model: names with * for what varies)"
+        )
 
 
 @contextmanager

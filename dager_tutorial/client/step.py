@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from dager_tutorial.client.batch import Padded, PrivateBatch, Truth, pad, read_b
 from dager_tutorial.client.config import DTYPES, ClientConfig
 from dager_tutorial.client.heads import head_settings, with_head
 from dager_tutorial.client.masking import IGNORED
-from dager_tutorial.client.sharing import requiring_grad, shared_parameters
+from dager_tutorial.client.sharing import check_memory, requiring_grad, shared_parameters
 from dager_tutorial.errors import DagerError, UpdateError, quote
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.adapter import Adapter
 from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.streaming import absent, is_absent, is_streamed, recomputed
 from dager_tutorial.update import Update
 
 
@@ -90,7 +92,10 @@ def _update(model: LanguageModel, batch: PrivateBatch, config: ClientConfig) -> 
     client = with_head(backbone, settings, config)
     padded = pad(batch, settings.pad_token_id, config.padding_side, model.device)
     shared = shared_parameters(client, adapter, config.share)
-    with requiring_grad(shared):
+    streamed = is_streamed(backbone)
+    if streamed:
+        check_memory(shared, config.share)
+    with requiring_grad(shared), recomputed(client) if streamed else nullcontext():
         gradients = _gradients(_loss(client, adapter, padded, batch.labels, config), shared, config.share)
     return _as_update(gradients, model, config.dtype)
 
@@ -103,10 +108,15 @@ def _in_dtype(network: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     if network.dtype == dtype:
         return network
     converted: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        id(parameter): nn.Parameter(_converted(parameter.detach(), dtype), requires_grad=False)
         for parameter in network.parameters()
     }
     return copy.deepcopy(network, converted)  # a memo: these take the place of copies of the originals
+
+
+def _converted(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers in another dtype; those that are out of memory stay out."""
+    return absent(parameter, dtype) if is_absent(parameter) else parameter.to(dtype)
 
 
 def _loss(
@@ -173,4 +183,4 @@ def _reason(network: PreTrainedModel, dtype: str) -> str:
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor that holds NaN or infinity."""
-    return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+    return next((name for name, tensor in tensors if not is_absent(tensor) and not tensor.isfinite().all()), None)

@@ -15,7 +15,8 @@ class LanguageModel:
 
     Attributes:
         name: The name it was loaded by.
-        network: The backbone, in eval mode, float32, no parameter requiring a gradient.
+        network: The backbone, in eval mode, float32, no parameter requiring a gradient. The numbers of its deeper
+            blocks may be out of memory while they do not run (`streaming`).
         tokenizer: Its tokenizer.
     """
 

@@ -59,6 +59,15 @@ class Tap:
         return torch.cat([weight.T if self.input_first else weight for weight in shared])[: self.outputs]
 
 
+NO_FLOAT64 = frozenset({"mps"})
+"""Types of devices that have no float64: Apple's."""
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has float64; what needs it is computed on the CPU otherwise."""
+    return device.type not in NO_FLOAT64
+
+
 def precise(tensor: Tensor) -> Tensor:
-    """The tensor in float64: on its own device, or on the CPU where the device (Apple's MPS) has no float64."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+    """The tensor in float64: on its own device, or on the CPU where the device has none."""
+    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()

@@ -67,7 +67,7 @@ class Images:
         images = tokens @ mapped
         if source.centred:
             images -= tokens.mean(1)[:, None] * mapped.sum(0)
-        bias = mapped.new_zeros(mapped.shape[1]) if source.bias is None else source.bias.to(directions) @ directions
+        bias = mapped.new_zeros(mapped.shape[1]) if source.bias is None else directions.T @ source.bias.to(directions)
         return cls(source, directions, images, bias)
 
     def positions(self, places: Float[Tensor, "places width"]) -> Float[Tensor, "places directions"]:

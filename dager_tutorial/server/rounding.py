@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dager_tutorial.models.adapter import Adapter, DecoderAdapter, EncoderAdapter
 from dager_tutorial.models.attention import attend, unseen
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap, has_float64
 from dager_tutorial.server.constants import constants
 
 
@@ -74,7 +74,7 @@ def _relative(vectors: Tensor, exact: Tensor) -> float:
 
 def _inputs(adapter: Adapter, dtype: torch.dtype, tokens: Tensor, blocks: int) -> dict[Tap, Tensor]:
     """Inputs of every tap of the first blocks, computed in one precision."""
-    exact = dtype == torch.float64 and tokens.device.type == "mps"  # which has no float64
+    exact = dtype == torch.float64 and not has_float64(tokens.device)
     place = torch.device("cpu") if exact else tokens.device
     hidden = _entering(adapter, tokens, dtype, place)
     found: dict[Tap, Tensor] = {}

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,6 +24,9 @@ from transformers import (
 
 from dager_tutorial.errors import ModelError
 from dager_tutorial.zoo.quiet import explained, quiet
+
+INDEX = "model.safetensors.index.json"
+"""The file that says which shard holds which tensor."""
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
@@ -101,7 +105,7 @@ def read_backbone(folder: Path, config: PreTrainedConfig, seed: int = 0) -> PreT
             f"{folder} has no *.safetensors file, and pickled weights are never read: "
             "save the model again with save_pretrained(folder, safe_serialization=True)"
         )
-    with explained(f"the weights in {folder}"), quiet(), _seeded(seed):
+    with explained(f"the weights in {folder}"), quiet(), seeded(seed):
         network, report = AutoModel.from_pretrained(
             folder,
             config=config,
@@ -137,7 +141,23 @@ def random_backbone(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     Raises:
         ModelError: Transformers cannot build this configuration.
     """
-    with explained(f"the {config.model_type} configuration"), quiet(), _seeded(seed):
+    with explained(f"the {config.model_type} configuration"), quiet(), seeded(seed):
+        network = AutoModel.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
+    return _frozen(network)
+
+
+def meta_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A headless model whose parameters have shapes and no numbers, while its buffers (rotary frequencies) have theirs.
+
+    Args:
+        config: The shape.
+
+    Raises:
+        ModelError: Transformers cannot build this configuration.
+    """
+    with explained(f"the {config.model_type} configuration"), quiet(), init_empty_weights(include_buffers=False):
         network = AutoModel.from_config(
             config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
         )
@@ -202,7 +222,8 @@ def save_checkpoint(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Seed what PyTorch draws on the CPU, and give the caller's random state back afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too, and for good
         yield

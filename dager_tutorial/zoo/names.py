@@ -7,11 +7,14 @@ initialisation at full size), a local checkpoint folder, or a Hugging Face id.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dager_tutorial.errors import ModelError
 from dager_tutorial.models.language_model import LanguageModel
@@ -25,10 +28,13 @@ from dager_tutorial.zoo.checkpoint import (
     save_checkpoint,
 )
 from dager_tutorial.zoo.device import check_device, to_device
+from dager_tutorial.zoo.drawn import write_random
 from dager_tutorial.zoo.hub import hub_folder, is_hub_name
+from dager_tutorial.zoo.memory import check_drawable, is_large, return_memory, to_be_streamed
 from dager_tutorial.zoo.pinned import PINNED, pinned_checkpoint
-from dager_tutorial.zoo.random import BUILT_IN, RANDOM, random_model
+from dager_tutorial.zoo.random import BUILT_IN, RANDOM, offline_tokenizer, random_model
 from dager_tutorial.zoo.records import ModelRecord, pinned_record, random_record
+from dager_tutorial.zoo.shards import streamed_backbone
 
 
 def load_model(
@@ -37,6 +43,7 @@ def load_model(
     device: str | torch.device = "cpu",
     seed: int = 0,
     blocks: int | None = None,
+    stream: bool | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> LanguageModel:
     """Load a headless model with its tokenizer.
@@ -52,6 +59,8 @@ def load_model(
         device: `cpu`, `cuda`, `cuda:0` or `mps`.
         seed: Seed of random weights. The caller's random state is left alone.
         blocks: Keep the first so many transformer blocks; None keeps all. No memory is spent on the rest.
+        stream: Whether deeper blocks are read from a checkpoint's files each time they run, so that a model larger
+            than memory can be used; None for where the model takes more than half of the memory that is free.
         cache: The cache folder; None means the environment's `DAGER_CACHE`, or `dager-tutorial` in the user's cache
             folder (on Linux `~/.cache/dager-tutorial`).
 
@@ -61,18 +70,22 @@ def load_model(
         it frames every text as RoBERTa's own does.
 
     Raises:
-        ModelError: Unknown name, unreadable files, no network, `blocks` out of range or an absent device.
+        ModelError: Unknown name, unreadable files, no network, `blocks` out of range, an absent device, or a model that
+            does not fit into memory.
 
     >>> load_model("random:gpt2", blocks=1).network.wte.weight.shape
     torch.Size([50257, 768])
     """
-    check_device(device)
-    folder = cache_folder(cache)
-    if name.startswith(RANDOM):
-        network, tokenizer = _load_random(name.removeprefix(RANDOM), seed, blocks, folder)
-    else:
-        network, tokenizer = _load_trained(_checkpoint_folder(name, folder), seed, blocks)
-    return LanguageModel(name, to_device(network, device), tokenizer)
+    place, folder = check_device(device), cache_folder(cache)
+    if not name.startswith(RANDOM):
+        checkpoint = _checkpoint_folder(name, folder)
+        return LanguageModel(name, *_load_trained(name, checkpoint, place, seed, blocks, stream))
+    if stream:
+        raise ModelError(f"{name} is drawn in memory and has no files to stream: see `dager models export`")
+    config, source = _random_config(name.removeprefix(RANDOM), blocks)
+    check_drawable(name, config, place)
+    network, tokenizer = random_model(config, source, seed, folder)
+    return LanguageModel(name, to_device(network, place), tokenizer)
 
 
 def export_model(
@@ -82,6 +95,7 @@ def export_model(
     device: str | torch.device = "cpu",
     seed: int = 0,
     blocks: int | None = None,
+    dtype: str = "float32",
     cache: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a model as a normal Hugging Face folder: `config.json`, `model.safetensors` and the tokenizer.
@@ -94,6 +108,8 @@ def export_model(
         device: See `load_model`.
         seed: See `load_model`.
         blocks: See `load_model`.
+        dtype: What the weights are rounded to. A `random:` model that does not fit into memory is drawn one module at
+            a time and written in shards; the numbers are the same.
         cache: See `load_model`.
 
     Returns:
@@ -105,9 +121,10 @@ def export_model(
     target = Path(folder).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{folder} exists and is not an empty folder: nothing was written; choose another one")
-    model = load_model(name, device=device, seed=seed, blocks=blocks, cache=cache)
+    write = _writer(name, device, seed, blocks, getattr(torch, dtype), cache)
     with writing(target.parent, "choose another folder"), workshop(target.parent, ".export-") as place:
-        save_checkpoint(model.network, model.tokenizer, place / "made")
+        (place / "made").mkdir()
+        write(place / "made")
         if target.exists():
             target.rmdir()
         (place / "made").replace(target)
@@ -127,20 +144,44 @@ def available_models(cache: str | os.PathLike[str] | None = None) -> list[ModelR
     return [pinned_record(name, folder) for name in PINNED] + [random_record(name, folder) for name in BUILT_IN]
 
 
-def _load_trained(folder: Path, seed: int, blocks: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _writer(
+    name: str, device: str | torch.device, seed: int, blocks: int | None, dtype: torch.dtype, cache: Any
+) -> Callable[[Path], None]:
+    """What writes a model into an empty folder, once all that can be wrong has been looked at."""
+    if name.startswith(RANDOM):
+        config, source = _random_config(name.removeprefix(RANDOM), blocks)
+        if is_large(config, torch.device("cpu")):
+            tokenizer = offline_tokenizer(config, source, cache_folder(cache))
+            return functools.partial(_write_random, config, tokenizer, seed, dtype)
+    model = load_model(name, device=device, seed=seed, blocks=blocks, stream=False, cache=cache)
+    return lambda made: save_checkpoint(model.network.to(dtype), model.tokenizer, made)
+
+
+def _write_random(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, seed: int, dtype: torch.dtype, folder: Path
+) -> None:
+    write_random(config, seed, folder, dtype)
+    tokenizer.save_pretrained(folder)
+
+
+def _load_trained(
+    name: str, folder: Path, device: torch.device, seed: int, blocks: int | None, stream: bool | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = read_config(folder, blocks)
     tokenizer = read_tokenizer(folder)
     check_vocabulary(tokenizer, config, folder)
-    return read_backbone(folder, config, seed), tokenizer
+    if to_be_streamed(name, config, device, stream):
+        return_memory()
+        return streamed_backbone(folder, config, device), tokenizer
+    return to_device(read_backbone(folder, config, seed), device), tokenizer
 
 
-def _load_random(
-    name: str, seed: int, blocks: int | None, cache: Path
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _random_config(name: str, blocks: int | None) -> tuple[PreTrainedConfig, Path | None]:
+    """A random model's shape, and the folder that it comes from; None for a built-in one."""
     if name in BUILT_IN:
-        return random_model(keep_blocks(BUILT_IN[name].config(), blocks), None, seed, cache)
+        return keep_blocks(BUILT_IN[name].config(), blocks), None
     folder = _config_folder(name)
-    return random_model(read_config(folder, blocks), folder, seed, cache)
+    return read_config(folder, blocks), folder
 
 
 def _checkpoint_folder(name: str, cache: Path) -> Path:

@@ -29,6 +29,7 @@ class PinnedModel:
         parameters: Number of parameters of the headless model.
         width: Hidden size.
         blocks: Number of transformer blocks.
+        block_parameters: Number of parameters of each.
         licence: SPDX identifier of the weights.
     """
 
@@ -40,6 +41,7 @@ class PinnedModel:
     parameters: int
     width: int
     blocks: int
+    block_parameters: int
     licence: str
 
     @property
@@ -148,6 +150,7 @@ PINNED: dict[str, PinnedModel] = {
         parameters=134_515_008,
         width=576,
         blocks=30,
+        block_parameters=3_540_096,
         licence="Apache-2.0",
     ),
     "minilm-l6": PinnedModel(
@@ -164,6 +167,7 @@ PINNED: dict[str, PinnedModel] = {
         parameters=22_713_216,
         width=384,
         blocks=6,
+        block_parameters=1_774_464,
         licence="Apache-2.0",
     ),
 }

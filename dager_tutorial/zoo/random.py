@@ -74,13 +74,19 @@ def random_model(
     Raises:
         ModelError: No tokenizer fits, or transformers cannot build the configuration.
     """
+    tokenizer = offline_tokenizer(config, folder, cache)
+    return random_backbone(config, seed), tokenizer
+
+
+def offline_tokenizer(config: PreTrainedConfig, folder: Path | None, cache: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a random model (see `random_model`)."""
     borrowed = folder is None or not has_tokenizer(folder)
     source = pinned_tokenizer(fitting_tokenizer(config), cache) if folder is None or borrowed else folder
     tokenizer = read_tokenizer(source)
     if borrowed and config.model_type == "roberta":
         _frame_as_roberta(tokenizer)
     check_vocabulary(tokenizer, config, source)
-    return random_backbone(config, seed), tokenizer
+    return tokenizer
 
 
 def fitting_tokenizer(config: PreTrainedConfig) -> str:

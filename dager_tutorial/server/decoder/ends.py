@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.streaming import tokens_at_once
 from dager_tutorial.models.tap import QUERY, Tap
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.tree import Tree
@@ -94,7 +95,7 @@ def _last_ratios(
     """
     ratios: dict[Tap, dict[int, float]] = {tap: {} for tap in last}
     device = adapter.first_input.tokens.device
-    for nodes in _packs(tree, leaves):
+    for nodes in _packs(tree, leaves, tokens_at_once(adapter.network, constants().tokens_at_once)):
         ids, positions, sees = (part.to(device) for part in _sequence(tree, nodes))
         for tap, vectors in adapter.tree_inputs(ids, positions, sees, last).items():
             ratio = last[tap].ratio(vectors) / last[tap].bound
@@ -105,12 +106,12 @@ def _last_ratios(
     return ratios
 
 
-def _packs(tree: Tree, leaves: list[int]) -> Iterator[list[int]]:
+def _packs(tree: Tree, leaves: list[int], most: int) -> Iterator[list[int]]:
     """The prefixes on the way to some leaves, each once and behind its own, as many as go through at once."""
     pack: dict[int, None] = {}
     for leaf in leaves:
         path = tree.path(leaf)
-        if pack and len(pack) + len(path) > constants().tokens_at_once:
+        if pack and len(pack) + len(path) > most:
             yield list(pack)
             pack = {}
         pack.update(dict.fromkeys(path))
