@@ -18,12 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from playwright.sync_api import sync_playwright
 from pypdf import PdfReader, PdfWriter
+from pypdf.generic import ArrayObject, NameObject
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
@@ -57,12 +60,14 @@ class Part:
     """A page of the book on paper.
 
     Attributes:
+        name: Its file, without the ending.
         caption: The part of the book that it opens, or nothing.
         title: Its title, with its number.
         sections: Titles of its sections.
         paper: What Chromium printed.
     """
 
+    name: str
     caption: str
     title: str
     sections: list[str]
@@ -118,7 +123,7 @@ def printed(tab: Any, address: str, name: str, caption: str) -> Part:
         **PAPER, print_background=True, display_header_footer=True, header_template="<i></i>", footer_template=footer
     )
     sections = [text for kind, text in others if kind == "H2"]
-    return Part(caption, title, sections if name[5:7].isdigit() else [], PdfReader(io.BytesIO(paper)))
+    return Part(name, caption, title, sections if name[5:7].isdigit() else [], PdfReader(io.BytesIO(paper)))
 
 
 def front(tab: Any, parts: list[Part], before: int) -> PdfReader:
@@ -153,6 +158,24 @@ def joined(opening: PdfReader, parts: list[Part]) -> PdfWriter:
     return writer
 
 
+def relink(writer: PdfWriter, address: str, starts: dict[str, int]) -> None:
+    """Links to other pages of the site lead to their place on paper; those to what is not printed are none."""
+    for page in writer.pages:
+        kept = ArrayObject()
+        for reference in page.get("/Annots", ()):
+            link = reference.get_object()
+            target = str(link.get("/A", {}).get("/URI", ""))
+            if target.startswith(address):
+                name = urlsplit(target).path.lstrip("/").removesuffix(".html")
+                if name not in starts:
+                    continue
+                del link["/A"]
+                place = writer.pages[starts[name]].indirect_reference
+                link[NameObject("/Dest")] = ArrayObject([place, NameObject("/Fit")])
+            kept.append(reference)
+        page[NameObject("/Annots")] = kept
+
+
 def number(tab: Any, writer: PdfWriter) -> None:
     """Put a number at the foot of each page but the cover."""
     sheets = "".join(
@@ -179,6 +202,8 @@ def main() -> None:
         parts = [printed(tab, address, name, caption) for caption, name in pages()]
         before = len(front(tab, parts, 0).pages)  # the length of the contents does not hang on the numbers in them
         writer = joined(front(tab, parts, before), parts)
+        lengths = [before, *(len(part.paper.pages) for part in parts)]
+        relink(writer, address, dict(zip((part.name for part in parts), accumulate(lengths), strict=False)))
         number(tab, writer)
         chromium.close()
     writer.add_metadata({"/Title": yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))["title"]})
