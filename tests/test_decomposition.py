@@ -88,6 +88,22 @@ def test_a_steep_signal_and_steep_noise() -> None:
     assert len(found.values) == len(full.values) == 25
 
 
+def test_one_direction_far_weaker_than_all_others_is_as_exact_as_they() -> None:
+    """It comes last in a sketch that has grown twice, beside what is tens of thousands of times stronger."""
+    draw = torch.Generator().manual_seed(3)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, 320, generator=draw, dtype=torch.float64)).Q for size in (700, 320)
+    )
+    values = torch.cat([torch.logspace(1.1, -1.9, 114), torch.tensor([3e-4]), 1e-6 * torch.linspace(1, 0.1, 205)])
+    matrix = left * values.double() @ right.T
+    for guess in (0, 60):
+        found, full = signal_of(matrix, FLOAT32, guess=guess), decomposed(matrix, FLOAT32)
+        assert found.complete is None
+        assert_alike(found, full)
+        off = full.directions[:, -1] - found.directions @ (found.directions.T @ full.directions[:, -1])
+        assert float(off.norm()) < 1e-4
+
+
 def test_it_is_deterministic_and_a_guess_changes_nothing() -> None:
     matrix = gradient(40).float().double()
     first, again, guessed = (signal_of(matrix, FLOAT32, guess=guess) for guess in (0, 0, 90))

@@ -116,15 +116,14 @@ def _sketched(matrix: Tensor, precision: float, guess: int) -> Signal | None:
     floor, spare = rounding_floor(matrix, precision), constants().oversampling
     size = max(constants().sketch, guess + guess // 4 + spare)
     most = int(constants().largest_sketch * min(matrix.shape))
-    draw, light, spanned = (
-        torch.Generator().manual_seed(SKETCH_SEED),
-        matrix.float(),
-        matrix.new_empty(0, matrix.shape[1]),
-    )
+    draw, light = torch.Generator().manual_seed(SKETCH_SEED), matrix.float()
+    mixtures, spanned = matrix.new_empty(matrix.shape[1], 0), matrix.new_empty(0, matrix.shape[1])
     # Noise below the rounding of float64 products cannot be measured behind a projection.
     weakest = math.inf
     while precision > 1e-12 and size <= most:
-        spanned = torch.cat([spanned, _powered(matrix, light, size - len(spanned), draw)])
+        fresh = _mixed(light, mixtures, size - len(spanned), draw)
+        mixtures = torch.cat([mixtures, fresh], 1)
+        spanned = torch.cat([spanned, _powered(matrix, light, fresh)])
         basis = torch.linalg.qr(spanned.T).Q
         before, weakest = weakest, _weakest_at_its_end(matrix, basis)
         # To look at its end is cheap. Noise far above rounding is told from signal by not falling from size to size.
@@ -137,14 +136,25 @@ def _sketched(matrix: Tensor, precision: float, guess: int) -> Signal | None:
     return None
 
 
-def _powered(matrix: Tensor, light: Tensor, count: int, draw: torch.Generator) -> Tensor:
-    """More rows of the sketch: random mixtures of the matrix's rows after one power step.
+def _mixed(light: Tensor, before: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """Random mixtures of a matrix's rows (float32), orthonormal to each other and to those before, as columns (float64).
 
-    The first two products may be rounded to float32: what is wrong with them is filtered by the third, as noise is.
-    A few rows times a matrix is several times faster than the matrix times a few columns.
+    Orthogonal to those before, or the weakest direction would stand in them as the square of its strength beside the
+    strongest, and drown in rounding after the power step.
     """
-    mixed = torch.randn(count, len(matrix), generator=draw).to(light.device) @ light
-    return (torch.linalg.qr(mixed.T).Q.T @ light.T).double() @ matrix
+    fresh = (torch.randn(count, len(light), generator=draw).to(light.device) @ light).T.double()
+    for _ in range(2):  # once leaves what rounding makes of the strongest
+        fresh = fresh - before @ (before.T @ fresh)
+    return torch.linalg.qr(fresh).Q
+
+
+def _powered(matrix: Tensor, light: Tensor, mixtures: Tensor) -> Tensor:
+    """More rows of the sketch: mixtures after one power step.
+
+    The first product may be rounded to float32: what is wrong with it is filtered by the second, as noise is. A few
+    rows times a matrix is several times faster than the matrix times a few columns.
+    """
+    return (mixtures.T.float() @ light.T).double() @ matrix
 
 
 def _weakest_at_its_end(matrix: Tensor, basis: Tensor) -> float:
