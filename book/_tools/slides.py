@@ -134,10 +134,9 @@ class Renderer:
 
     def text(self, source: str) -> str:
         """Markdown of the book, with the roles and directives of MyST as boxes and in plain words."""
-        several = (
-            len(FOLDED.findall(source)) - source.count("<summary>Hint</summary>") > 1
-        )  # a quiz: no room for answers
-        source = FOLDED.sub("" if several else self._answer, HEADING.sub("", source))
+        if len(FOLDED.findall(source)) - source.count("<summary>Hint</summary>") > 1:  # a quiz: small, without answers
+            return f'<div class="quiz">{self.text(FOLDED.sub("", source))}</div>'
+        source = FOLDED.sub(self._answer, HEADING.sub("", source))
         source = BOX.sub(self._box, source)
         source = LABEL.sub(lambda match: f"{match[1]}\\tag{{{self._number(match[2])}}}\n{match[1]}$$", source)
         return self.parser.render(self._plain(source))
@@ -298,6 +297,7 @@ STYLE = """\
 .reveal table :is(td, th) { padding: 0.15em 0.5em; }
 .reveal pre { width: auto; margin: 0.3em 0; font-size: 0.7em; line-height: 1.3; box-shadow: none; background: #f4f4f4;
   padding: 0.6em; }
+.reveal .quiz { font-size: 0.74em; }
 .reveal .highlight pre { line-height: 1.2; padding-block: 0.3em; }
 .reveal pre code { max-height: none; overflow: visible; padding: 0; }
 .reveal code { font-size: 0.92em; }

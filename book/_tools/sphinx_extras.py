@@ -6,9 +6,11 @@ import dataclasses
 import enum
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 CODE = re.compile(r"(`[^`]*`)")
+PLACE = re.compile(r"<factory>|\w*Path\('[^']*'\)")  # no Python, or where a folder lies on this machine
 
 
 def escape_bars(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
@@ -55,12 +57,12 @@ def shorten(
     if _explained(thing) or (isinstance(thing, type) and issubclass(thing, enum.Enum)):
         return "", returned
     # Sphinx shows a signature that is no Python as one long line.
-    return signature.replace("<factory>", "...") if signature else signature, returned
+    return PLACE.sub("...", signature) if signature else signature, returned
 
 
 def skip_fields(app: Any, what: str, name: str, thing: Any, skip: bool, options: Any) -> bool | None:
-    """Leave out the fields of named tuples, which their class describes already."""
-    return True if type(thing).__name__ == "_tuplegetter" else None
+    """Leave out the fields of named tuples, which their class describes already, and folders of this machine."""
+    return True if type(thing).__name__ == "_tuplegetter" or isinstance(thing, Path) else None
 
 
 def drop_thebe(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
