@@ -137,7 +137,7 @@ def _sketched(matrix: Tensor, precision: float, guess: int) -> Signal | None:
 
 
 def _mixed(light: Tensor, before: Tensor, count: int, draw: torch.Generator) -> Tensor:
-    """Random mixtures of a matrix's rows (float32), orthonormal to each other and to those before, as columns (float64).
+    """Random mixtures of a matrix's rows, orthonormal to each other and to those before, as columns (float64).
 
     Orthogonal to those before, or the weakest direction would stand in them as the square of its strength beside the
     strongest, and drown in rounding after the power step.
