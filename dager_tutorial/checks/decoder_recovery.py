@@ -1,4 +1,4 @@
-"""Checks of chapter `06_decoder_recovery`, decoder recovery."""
+"""Checks of chapter `06_decoder_recovery`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def prefixes(texts: Iterable[Prefix]) -> set[Prefix]:
 
 
 def grow(function: Callable[[list[int], Test, int], Iterable[Prefix]]) -> None:
-    """Exercise 4.1: all confirmed prefixes, grown from the left.
+    """Exercise "grow a tree": all confirmed prefixes, grown from the left.
 
     Args:
         function: Takes token ids, a test (a list of prefixes to a list of booleans) and the longest length; returns
@@ -53,7 +53,7 @@ def grow(function: Callable[[list[int], Test, int], Iterable[Prefix]]) -> None:
 
 
 def next_output(function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
-    """Exercise 4.2: attention of one more token over a cache.
+    """Exercise "one more token": attention of one more token over a cache.
 
     Args:
         function: Takes the prefix's keys and values (length x width) and the token's query, key and value (width);
@@ -70,7 +70,7 @@ def next_output(function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Ten
 
 
 def whole(function: Callable[[set[Prefix], set[Prefix]], Iterable[Prefix]]) -> None:
-    """Exercise 4.3: whole texts among confirmed prefixes.
+    """Exercise "whole texts": the texts among confirmed prefixes.
 
     Args:
         function: Takes the confirmed prefixes and those that pass in the last block; returns the texts.
@@ -85,4 +85,28 @@ def whole(function: Callable[[set[Prefix], set[Prefix]], Iterable[Prefix]]) -> N
     for passing, expected, hint in cases:
         found = {tuple(text) for text in answer(function, set(confirmed), set(passing))}
         equal(sorted(found), sorted(expected), "the texts", hint=hint)
+    passed(function)
+
+
+def different_rows(function: Callable[[set[Prefix], int | None], int]) -> None:
+    """Exercise "count rows": how many different rows of block 1 the prefixes of a rotary model have.
+
+    Args:
+        function: Takes prefixes and the number of tokens that block 0 attends to, the own one included (None: all);
+            returns the number of different rows.
+    """
+    long, other = (1, 2, 3, 4, 5), (9, 2, 3, 4, 5)
+    cases: list[tuple[set[Prefix], int | None, int, str]] = [
+        (prefixes([long, (1, 2, 7)]), None, 6, "A prefix that two texts share is one row."),
+        (prefixes([(7, 7, 7, 8)]), None, 2, "Copies of a first token are one row with the token alone."),
+        (prefixes([(8, 7, 7, 7)]), None, 4, "A run inside a text averages other values as well: no chain."),
+        (prefixes([long, other]), None, 10, "Without a window everything before a token counts."),
+        (prefixes([long, other]), 3, 8, "Of prefixes beyond the window only the last tokens count."),
+        (prefixes([(8, 7, 7, 7, 7, 7, 6)]), 3, 5, "A run as long as the window is one row with the token alone."),
+        ({(7,), (8, 7, 7, 7)}, 3, 1, "Where all that is seen is copies of one token, how many does not matter."),
+        ({(2, 3, 4), (1, 2, 3, 4)}, 3, 1, "A short prefix may see what a long one sees."),
+    ]
+    for given, window, expected, hint in cases:
+        what = f"the rows of {sorted(given)} with window {window}"
+        equal(int(answer(function, set(given), window)), expected, what, hint=hint)
     passed(function)

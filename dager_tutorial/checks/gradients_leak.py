@@ -1,4 +1,4 @@
-"""Checks of chapter `01_gradients_leak`, gradients leak."""
+"""Checks of chapter `01_gradients_leak`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _layer_gradients(seed: int, *, dead: int = 0) -> tuple[Tensor, Tensor, Tenso
 
 
 def input_of_linear_layer(function: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Exercise 1.1: the one vector that a linear layer saw, from the gradients of its weight and bias.
+    """Exercise "the input of a linear layer": the one vector that it saw, from the gradients of weight and bias.
 
     Args:
         function: Takes dL/dW (inputs x outputs) and dL/db (outputs); returns the input (inputs).
@@ -32,8 +32,26 @@ def input_of_linear_layer(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     passed(function)
 
 
+def seen_candidate(function: Callable[[Tensor, Tensor], int]) -> None:
+    """Exercise "which candidate?": the one vector that a layer without bias saw, among candidates.
+
+    Args:
+        function: Takes dL/dW (inputs x outputs) and candidates (candidates x inputs); returns an index.
+    """
+    for seed, (dead, factor) in enumerate(((0, 1.0), (1, 1.0), (4, 1.0), (0, -0.01), (3, -20.0))):
+        draw = torch.Generator().manual_seed(seed)
+        vector, weight, _ = _layer_gradients(seed, dead=dead)
+        candidates = torch.randn(6, 7, generator=draw)
+        candidates[0] += 30 * candidates[1]  # long ones have large products with anything
+        candidates[seed] = factor * vector
+        hint = "Compare directions: length and sign of a candidate mean nothing."
+        hint = "Some columns are zero: choose one that is not." if dead and factor == 1 else hint
+        equal(int(answer(function, weight, candidates)), seed, "the index", hint=hint)
+    passed(function)
+
+
 def label_of_text(function: Callable[[Tensor], int]) -> None:
-    """Exercise 1.2: the label of a single text, from the gradient of a classifier's output bias.
+    """Exercise "the label": that of a single text, from the gradient of a classifier's output bias.
 
     Args:
         function: Takes dL/db (classes), the gradient of a cross-entropy loss; returns the class.
@@ -49,7 +67,7 @@ def label_of_text(function: Callable[[Tensor], int]) -> None:
 
 
 def tokens_and_length(function: Callable[[Tensor, Tensor], tuple[Iterable[int], int]]) -> None:
-    """Exercise 1.3: which tokens a batch held and how long its longest text was, from two embedding gradients.
+    """Exercise "tokens and length": the tokens of a batch and the length of its longest text, from two embeddings.
 
     Args:
         function: Takes the gradients of the token embeddings (vocabulary x width) and of the position embeddings
