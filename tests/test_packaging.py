@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dager_tutorial"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-READS_GGUF = {"accelerate", "gguf"}  # imported by transformers when it reads SmolLM2's file, not by this package
+READS_GGUF = {"gguf"}  # imported by transformers when it reads SmolLM2's file, not by this package
 PYTHONS = ("3.11", "3.13", "3.14")
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 
