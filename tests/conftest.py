@@ -7,9 +7,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-# Before torch is imported, here and in the kernels that run the notebooks: few threads, no progress bars.
+# Before torch is imported, here and in the kernels that run the notebooks: one thread, as where notebooks are made, no progress bars.
 for _name, _value in {
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }.items():
