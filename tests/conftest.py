@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-# Before torch is imported, here and in the kernels that run the notebooks: one thread, as where notebooks are made, no progress bars.
+# Before torch is imported, here and in the kernels that run the notebooks: one thread, as where notebooks are made.
 for _name, _value in {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
