@@ -12,10 +12,13 @@ from dager_tutorial.checks.common import answer, close, equal, passed
 
 
 def _layer_gradients(seed: int, *, dead: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, weight gradient and bias gradient of a linear layer that saw one vector; `dead` outputs have none."""
+    """Input, weight gradient and bias gradient of a linear layer that saw one vector; `dead` outputs have none.
+
+    The dead ones are the first outputs, or the last ones where `dead` is negative.
+    """
     draw = torch.Generator().manual_seed(seed)
     vector, gradient = torch.randn(7, generator=draw), torch.randn(5, generator=draw)
-    gradient[:dead] = 0
+    gradient[slice(dead, None) if dead < 0 else slice(dead)] = 0
     return vector, vector[:, None] * gradient, gradient
 
 
@@ -25,7 +28,7 @@ def input_of_linear_layer(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     Args:
         function: Takes dL/dW (inputs x outputs) and dL/db (outputs); returns the input (inputs).
     """
-    for seed, dead in ((0, 0), (1, 1), (2, 4)):
+    for seed, dead in ((0, 0), (1, 1), (2, 4), (3, -2)):
         vector, weight, bias = _layer_gradients(seed, dead=dead)
         hint = "Some outputs have no gradient at all: do not divide by zero." if dead else "Look at one column of dW."
         close(answer(function, weight, bias), vector, "the input", hint=hint)
@@ -38,14 +41,14 @@ def seen_candidate(function: Callable[[Tensor, Tensor], int]) -> None:
     Args:
         function: Takes dL/dW (inputs x outputs) and candidates (candidates x inputs); returns an index.
     """
-    for seed, (dead, factor) in enumerate(((0, 1.0), (1, 1.0), (4, 1.0), (0, -0.01), (3, -20.0))):
+    for seed, (dead, factor) in enumerate(((0, 1.0), (1, 1.0), (4, 1.0), (0, -0.01), (-3, -20.0))):
         draw = torch.Generator().manual_seed(seed)
         vector, weight, _ = _layer_gradients(seed, dead=dead)
         candidates = torch.randn(6, 7, generator=draw)
         candidates[0] += 30 * candidates[1]  # long ones have large products with anything
         candidates[seed] = factor * vector
         hint = "Compare directions: length and sign of a candidate mean nothing."
-        hint = "Some columns are zero: choose one that is not." if dead and factor == 1 else hint
+        hint = "Some columns are zero: choose one that is not." if dead else hint
         equal(int(answer(function, weight, candidates)), seed, "the index", hint=hint)
     passed(function)
 
@@ -57,8 +60,8 @@ def label_of_text(function: Callable[[Tensor], int]) -> None:
         function: Takes dL/db (classes), the gradient of a cross-entropy loss; returns the class.
     """
     draw = torch.Generator().manual_seed(0)
-    for label in (2, 0, 4):
-        bias = torch.randn(5, generator=draw).requires_grad_()
+    for label, classes in ((2, 5), (0, 5), (4, 5), (0, 2), (1, 2)):  # of two classes, both entries are equally large
+        bias = torch.randn(classes, generator=draw).requires_grad_()
         loss = cross_entropy(bias[None], torch.tensor([label]))
         (gradient,) = torch.autograd.grad(loss, bias)
         hint = "Write the gradient as probabilities minus one-hot label: which entry can be negative?"
