@@ -81,10 +81,11 @@ def scaling(
 
     with progress() as advance:
         runs = list(bench_scaling(language_model, batches, progress=advance))
+    powers = growth(runs)
     if picture is not None:
-        draw_scaling(picture, runs)
-    record = {"model": model.model, "growth": growth(runs), "runs": [run.to_json() for run in runs]}
-    results.finish(record, _scaling_table(runs))
+        draw_scaling(picture, runs, powers)
+    record = {"model": model.model, "growth": powers, "runs": [run.to_json() for run in runs]}
+    results.finish(record, _scaling_table(runs, powers))
 
 
 @app.command()
@@ -179,10 +180,8 @@ def _line(run: AccuracyRun) -> str:
     return "  ".join((*parts, f"false={run.false}", f"R1={run.rouge1:.3f}", run.status, f"{run.seconds:.1f} s"))
 
 
-def _scaling_table(runs: list[ScalingRun]) -> Table:
+def _scaling_table(runs: list[ScalingRun], powers: dict[str, float | None]) -> Table:
     """One row a batch: its size, the attack's seconds by stage, and what came of it; last, the exponents of growth."""
-    from dager_tutorial.evaluation.scaling import growth
-
     titles = ("texts", "rows", *display.STAGES, "total", "ms/row", "exact %", "status")
     table = display.headed(*titles, left=["status"], collapse_padding=True)
     for run in runs:
@@ -195,7 +194,6 @@ def _scaling_table(runs: list[ScalingRun]) -> Table:
             f"{100 * run.exact:.1f}",
             run.status,
         )
-    powers = growth(runs)
     if any(power is not None for power in powers.values()):
         table.add_section()
         shown = ("" if power is None else f"{power:.2f}" for power in powers.values())

@@ -56,7 +56,7 @@ def get(
     content = envelope.content()
     model.mkdir(exist_ok=True)
     output.write_json(model / "config.json", envelope.config)
-    _write(target, content)
+    output.write_bytes(target, content)
     command = ["dager", "recover", str(target), "--model", f"random:{model}", "--model-seed", str(envelope.seed)]
     facts = {"envelope": f"{number}, {envelope.title}", "known": envelope.story, "update": target, "model": model}
     output.show(display.facts(facts))
@@ -103,15 +103,6 @@ def _model_folder(target: Path) -> Path:
     if others or (model.exists() and not model.is_dir()):
         raise DagerError(f"{model}: is there and not this envelope's model; choose another name with --out")
     return model
-
-
-def _write(target: Path, content: bytes) -> None:
-    """Write bytes; an older file is replaced only when all is written."""
-    try:
-        with files.replacing(target) as partial:
-            partial.write_bytes(content)
-    except OSError as error:
-        raise DagerError(f"{target}: cannot be written ({error.strerror}); choose another place") from error
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -70,9 +70,22 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DagerError: The file cannot be written.
     """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes. An older file of that name is replaced only when all is written.
+
+    Args:
+        path: The file.
+        content: Its content.
+
+    Raises:
+        DagerError: The file cannot be written.
+    """
     try:
         with files.replacing(path) as partial:
-            partial.write_bytes(text.encode("utf-8", "backslashreplace"))
+            partial.write_bytes(content)
     except OSError as error:
         raise DagerError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 

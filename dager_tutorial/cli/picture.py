@@ -9,7 +9,7 @@ from dager_tutorial import files
 from dager_tutorial.errors import DagerError, quote
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dager_tutorial.evaluation.scaling import ScalingRun
 
@@ -36,22 +36,23 @@ def drawable(path: Path | None) -> Path | None:
     return files.writable(path)
 
 
-def draw_scaling(path: Path, runs: Sequence[ScalingRun]) -> None:
+def draw_scaling(path: Path, runs: Sequence[ScalingRun], powers: Mapping[str, float | None]) -> None:
     """Seconds of each stage against rows, both logarithmic, with the exponents of growth.
 
     Args:
         path: The file to write; its ending says which kind.
         runs: What was measured.
+        powers: The exponents, by stage and of the total.
 
     Raises:
         DagerError: The file cannot be written.
     """
     from matplotlib.figure import Figure
 
-    from dager_tutorial.evaluation.scaling import SHORTEST, growth
+    from dager_tutorial.evaluation.scaling import SHORTEST
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes, powers, rows = figure.add_subplot(), growth(runs), [run.rows for run in runs]
+    axes, rows = figure.add_subplot(), [run.rows for run in runs]
     for stage, marker in zip(powers, "os^D", strict=True):
         times = [run.seconds if stage == "total" else run.stage_seconds[stage] for run in runs]
         power = powers[stage]

@@ -145,8 +145,8 @@ def _posed(
     turn = torch.arange(max(starts) + count, device=slots.device) % directions
     slacks = (optional & (sizes > 0)).nonzero()[:, 0]
     constraints = _groups(torch.cat([slots[alive], slacks])).to(attention)
-    parts = outside[:, order].transpose(1, 2)[:, turn]
-    system = _System(attention[:, :, order], parts, turn, starts, count, constraints, settled, alive)
+    tables = _tables(attention, outside, order, turn)
+    system = _System(*tables, turn, starts, count, constraints, settled, alive)
     weights = (1.0 / constraints.sum(1, keepdim=True) * constraints).sum(0)
     return system, _Point(weights, torch.full_like(weights, 0.1))
 
@@ -158,8 +158,13 @@ def _is_light(system: _System) -> bool:
 def _in_full(system: _System, attention: Tensor, outside: Tensor) -> _System:
     """The same system in float64, from the tables it was posed with."""
     order = torch.cat([system.settled, system.alive])
-    parts = outside[:, order].transpose(1, 2)[:, system.turn]
-    return replace(system, attention=attention[:, :, order], outside=parts, constraints=system.constraints.double())
+    attention, outside = _tables(attention, outside, order, system.turn)
+    return replace(system, attention=attention, outside=outside, constraints=system.constraints.double())
+
+
+def _tables(attention: Tensor, outside: Tensor, order: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    """What a system keeps of attention and contributions: candidates in their order, directions in turn."""
+    return attention[:, :, order], outside[:, order].transpose(1, 2)[:, turn]
 
 
 def _groups(slots: Tensor) -> Tensor:
