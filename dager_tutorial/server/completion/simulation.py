@@ -1,0 +1,198 @@
+"""The client's step, made again by the server from texts that it knows (chapter `09_completion`).
+
+A batch's gradient is a sum over its texts, and the server has everything that a term of it needs: the weights, the head
+that it handed out, and the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dager_tutorial.models import adapter_for
+from dager_tutorial.models.adapter import Adapter
+from dager_tutorial.models.heads import Head, pad_for, with_head
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.streaming import is_streamed, recomputed, tokens_at_once
+from dager_tutorial.models.tap import MLP_OUTPUT, precise
+from dager_tutorial.models.training import in_dtype, requiring_grad
+from dager_tutorial.server.constants import constants
+from dager_tutorial.update import Update
+
+Ids = tuple[int, ...]
+
+Objective = Callable[[list[int], Float[Tensor, "part *rest"], Int[Tensor, "part length"]], Float[Tensor, ""]]
+"""A scalar of the logits of some of the texts (by their places): given places, logits and mask."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What each text adds to the gradient of the last block's MLP output map: `sum_c v_c slope_c` times `inputs`.
+
+    Attributes:
+        inputs: float64, what enters the map at the token that the loss reads.
+        slopes: float64, the gradient of each class's logit at the map's output.
+        chances: float64, the probabilities of the classes.
+    """
+
+    inputs: Float[Tensor, "texts inner"]
+    slopes: Float[Tensor, "texts classes width"]
+    chances: Float[Tensor, "texts classes"]
+
+
+class Simulator:
+    """The client's network, and the parameters whose gradients were shared.
+
+    Args:
+        model: The model both sides know.
+        update: What the client sent: it tells which parameters were shared, and how many classes the head has.
+        head: The head that the server handed out.
+        dtype: The client's precision: the same kernels repeat its rounding.
+
+    Raises:
+        DagerError: transformers has no head for the task, or given numbers do not fit.
+    """
+
+    def __init__(self, model: LanguageModel, update: Update, head: Head, dtype: torch.dtype) -> None:
+        backbone = in_dtype(model.network, dtype)
+        self.model, self.head = model, _fitting(head, update, backbone)
+        self.network: PreTrainedModel = with_head(backbone, model.tokenizer, self.head)
+        self.adapter: Adapter = adapter_for(backbone)
+        self.shared = dict(_shared(self.network, update))
+
+    @property
+    def covers(self) -> bool:
+        """Whether there is any shared parameter to compare."""
+        return bool(self.shared)
+
+    def _padded(self, texts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask of texts, padded on the right."""
+        pad = pad_for(self.network.config, self.model.tokenizer, {text[-1] for text in texts})
+        self.network.config.pad_token_id = pad
+        longest = max(map(len, texts))
+        ids = torch.tensor([[*text, *[pad] * (longest - len(text))] for text in texts])
+        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def logits(self, texts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        """Logits of some texts by the unmodified forward pass, and their mask."""
+        ids, mask = self._padded(texts)
+        positions = self.adapter.position_ids(mask)
+        return self.network(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits, mask
+
+    def parts(self, texts: Sequence[Ids]) -> Iterator[list[int]]:
+        """Places of texts that go through the network at once: of similar length, so that little is padded.
+
+        Args:
+            texts: All of them.
+        """
+        most = tokens_at_once(self.network, constants().tokens_trained_at_once)
+        part: list[int] = []
+        for place in sorted(range(len(texts)), key=lambda place: len(texts[place])):
+            if part and len(texts[place]) * (len(part) + 1) > most:
+                yield part
+                part = []
+            part.append(place)
+        yield part
+
+    def factors(self, texts: Sequence[Ids]) -> Factors:
+        """What texts add to the last block's MLP output map, under a loss that reads one token of each.
+
+        Args:
+            texts: Token ids, at least one text.
+        """
+        found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for part in self.parts(texts):
+            found |= zip(part, self._factors([texts[place] for place in part]), strict=True)
+        inputs, slopes, chances = zip(*(found[place] for place in range(len(texts))), strict=True)
+        return Factors(torch.stack(inputs), torch.stack(slopes), torch.stack(chances))
+
+    def _factors(self, texts: Sequence[Ids]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each text what enters the map, the slopes, and the probabilities."""
+        seen: dict[str, Tensor] = {}
+
+        def cut(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            """Let the graph begin at the map's output."""
+            seen["inputs"], seen["output"] = args[0], output.detach().requires_grad_(True)
+            return seen["output"]
+
+        (linear,) = self.adapter.linear_maps(self.adapter.num_blocks - 1, MLP_OUTPUT)
+        handle = linear.register_forward_hook(cut)
+        try:
+            with torch.enable_grad():
+                logits, _ = self.logits(texts)
+                each = (torch.autograd.grad(one.sum(), seen["output"], retain_graph=True)[0] for one in logits.T)
+                slopes = torch.stack(list(each), 1)  # texts x classes x length x width
+        finally:
+            handle.remove()
+        rows = torch.arange(len(texts))
+        read = slopes.square().sum((1, 3)).argmax(1)  # the one token of each text that the loss reads
+        chances = precise(logits.detach()).softmax(-1)
+        vectors = precise(seen["inputs"].detach()[rows, read]), precise(slopes[rows, :, read]), chances
+        return list(zip(*(each.cpu() for each in vectors), strict=True))
+
+    def subtract(self, rest: Mapping[str, Tensor], texts: Sequence[Ids], objective: Objective) -> None:
+        """Take the gradient of an objective off what is there, part by part and parameter by parameter.
+
+        Args:
+            rest: Tensors by the update's names, changed in place.
+            texts: Token ids.
+            objective: Sums over the texts.
+        """
+        names = {id(parameter): name for name, parameter in self.shared.items()}
+
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            here = rest[names[id(parameter)]]
+            here.sub_(parameter.grad.to(here))
+            parameter.grad = None  # no second copy of all gradients is ever held
+
+        streamed = recomputed(self.network) if is_streamed(self.network) else nullcontext()
+        with requiring_grad(self.shared), streamed:
+            handles = [each.register_post_accumulate_grad_hook(take) for each in self.shared.values()]
+            try:
+                for part in self.parts(texts):
+                    logits, mask = self.logits([texts[place] for place in part])
+                    objective(part, logits, mask).backward(inputs=list(self.shared.values()))
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+
+def of_logits(gradients: Float[Tensor, "texts classes"]) -> Objective:
+    """The objective whose gradient in the logits of a classification is given.
+
+    Args:
+        gradients: What the client's loss has there, float64.
+    """
+    return lambda part, logits, mask: (logits * gradients[part].to(logits)).sum()
+
+
+def _fitting(head: Head, update: Update, backbone: PreTrainedModel) -> Head:
+    """The head with as many classes as the update's own head gradient has rows, where it was shared."""
+    if head.task != "classification":
+        return head
+    inside = {name for name, _ in backbone.named_parameters()}
+    prefix = f"{backbone.base_model_prefix}."
+    rows = [
+        len(tensor)
+        for name, tensor in update.gradients.items()
+        if name.removeprefix(prefix) not in inside and tensor.dim() == 2
+    ]
+    return replace(head, classes=min(rows)) if rows and not head.weights else head
+
+
+def _shared(network: PreTrainedModel, update: Update) -> Iterator[tuple[str, nn.Parameter]]:
+    """The network's parameters of which the update holds a gradient of the same shape, by the update's names."""
+    parameters = dict(network.named_parameters())
+    for name, tensor in update.gradients.items():
+        for own in (name, f"{network.base_model_prefix}.{name}"):
+            if own in parameters and parameters[own].shape == tensor.shape:
+                yield name, parameters[own]
+                break
