@@ -24,8 +24,15 @@ class Reconstruction:
         scores: Calibrated residual ratio of each sequence: about 1 when it is true, larger is worse.
         status: What is known of the batch.
         confirmations: For each sequence, whether it is confirmed and by which taps; empty where nobody says.
+        labels: For each sequence the classes it was trained with, one for each time it occurs; () where nothing tells.
+        copies: For each sequence how often it stands in the batch; None where nothing tells.
+        batch_size: How many texts the batch has, where it could be told: a mean over the batch cannot tell it from one
+            in which every text stands twice as often.
+        unexplained: Share of the update that remains when what was recovered is simulated and taken off it; None where
+            it was not.
         diagnosis: One sentence for people.
-        seconds: Wall-clock seconds of the stages ``subspace``, ``filter``, ``search`` and ``total``.
+        seconds: Wall-clock seconds of the stages ``subspace``, ``filter``, ``search``, ``completion``
+            and ``total``.
         ranks: Numerical rank of each tap's gradient that was read.
         model: Name of the model.
         n_parameters_used: Number of gradient entries that the attack read.
@@ -45,6 +52,10 @@ class Reconstruction:
     scores: tuple[float, ...]
     status: Status
     confirmations: tuple[Confirmation, ...] = ()
+    labels: tuple[tuple[int, ...], ...] = ()
+    copies: tuple[int | None, ...] = ()
+    batch_size: int | None = None
+    unexplained: float | None = None
     diagnosis: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     ranks: dict[Tap, int] = field(default_factory=dict)
@@ -56,8 +67,9 @@ class Reconstruction:
         """Check what every reader relies on."""
         if not len(self.sequences) == len(self.texts) == len(self.scores):
             raise ValueError("a reconstruction needs one text and one score to each sequence")
-        if self.confirmations and len(self.confirmations) != len(self.sequences):
-            raise ValueError("a reconstruction needs one confirmation to each sequence, or none at all")
+        for name in ("confirmations", "labels", "copies"):
+            if getattr(self, name) and len(getattr(self, name)) != len(self.sequences):
+                raise ValueError(f"a reconstruction needs one of {name} to each sequence, or none at all")
 
     @property
     def confirmed(self) -> tuple[tuple[int, ...], ...]:
@@ -81,6 +93,10 @@ class Reconstruction:
             "texts": list(self.texts),
             "scores": [float(score) if math.isfinite(score) else None for score in self.scores],
             "confirmations": [confirmation.to_json() for confirmation in self.confirmations],
+            "labels": [list(labels) for labels in self.labels],
+            "copies": list(self.copies),
+            "recovered_batch_size": self.batch_size,
+            "unexplained": self.unexplained,
             "seconds": {stage: float(seconds) for stage, seconds in self.seconds.items()},
             "peak_rss_mb": float(self.peak_rss_mb),
             "model": self.model,

@@ -1,7 +1,9 @@
 """Each text's own share of a sum, whatever the other texts are: rank reduction (chapter `09_completion`).
 
-The gradient of the last block's MLP output map is `M = sum_b a_b^T u_b`: one term a text, a_b the known input of the map
-at the token that the loss reads, u_b the unknown gradient at its output. Where the a_b are independent and the u_b are,
+Where a loss reads one token of each text, the gradient of the last block's attention output map is
+`M = sum_b a_b^T u_b`: one term a text, a_b the known input of the map at that token, u_b the unknown gradient at its
+output. (So is that of the MLP's output map. Activations are more alike than what attention gathers: there errors are
+ten times larger.) Where the a_b are independent and the u_b are,
 `u_b M^+ a_b'^T` is 1 for b = b' and 0 for others (Wedderburn 1934; Chu, Funderlic, Golub, SIAM Review 1995). The server
 knows the direction of u_b, and so its length, without knowing a single one of the other texts.
 """
@@ -15,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dager_tutorial.server.completion.simulation import Factors
+from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decomposition import signal_of
 
 
@@ -28,6 +31,7 @@ class Reduction:
         strengths: float64, singular values.
         scales: float64, what each output is divided by; infinite where the gradient is zero.
         error: Relative error of a direction: how far vectors of the batch may lie outside.
+        clear: Whether a gap that noise does not make stands below the last direction, so that there are as many terms.
     """
 
     inputs: Float[Tensor, "inner rank"]
@@ -35,11 +39,12 @@ class Reduction:
     strengths: Float[Tensor, " rank"]
     scales: Float[Tensor, " width"]
     error: float
+    clear: bool
 
     @property
-    def rank(self) -> int:
-        """How many texts there are, as far as they are distinct and their terms are independent."""
-        return len(self.strengths)
+    def least(self) -> int:
+        """How many texts there are at least."""
+        return len(self.strengths) if self.clear else 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def reduction_of(gradient: Float[Tensor, "width inner"], precision: float) -> Re
     if not len(found.values):
         return None
     outputs = scaled @ found.directions / found.values
-    return Reduction(found.directions, outputs, found.values, scales, precision**0.5)
+    clear = found.values[-1].item() >= constants().clear_gap * found.tail.largest
+    return Reduction(found.directions, outputs, found.values, scales, precision**0.5, clear)
 
 
 def shares(reduction: Reduction, factors: Factors) -> Shares:

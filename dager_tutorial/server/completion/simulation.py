@@ -20,7 +20,7 @@ from dager_tutorial.models.adapter import Adapter
 from dager_tutorial.models.heads import Head, pad_for, with_head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.streaming import is_streamed, recomputed, tokens_at_once
-from dager_tutorial.models.tap import MLP_OUTPUT, precise
+from dager_tutorial.models.tap import Tap, precise
 from dager_tutorial.models.training import in_dtype, requiring_grad
 from dager_tutorial.server.constants import constants
 from dager_tutorial.update import Update
@@ -33,7 +33,7 @@ Objective = Callable[[list[int], Float[Tensor, "part *rest"], Int[Tensor, "part 
 
 @dataclass(frozen=True)
 class Factors:
-    """What each text adds to the gradient of the last block's MLP output map: `sum_c v_c slope_c` times `inputs`.
+    """What each text adds to the gradient of a map of the last block: `sum_c v_c slope_c` times `inputs`.
 
     Attributes:
         inputs: float64, what enters the map at the token that the loss reads.
@@ -66,11 +66,6 @@ class Simulator:
         self.adapter: Adapter = adapter_for(backbone)
         self.shared = dict(_shared(self.network, update))
 
-    @property
-    def covers(self) -> bool:
-        """Whether there is any shared parameter to compare."""
-        return bool(self.shared)
-
     def _padded(self, texts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Token ids and mask of texts, padded on the right."""
         pad = pad_for(self.network.config, self.model.tokenizer, {text[-1] for text in texts})
@@ -101,19 +96,20 @@ class Simulator:
             part.append(place)
         yield part
 
-    def factors(self, texts: Sequence[Ids]) -> Factors:
-        """What texts add to the last block's MLP output map, under a loss that reads one token of each.
+    def factors(self, texts: Sequence[Ids], tap: Tap) -> Factors:
+        """What texts add to the gradient of a map of the last block, under a loss that reads one token of each.
 
         Args:
             texts: Token ids, at least one text.
+            tap: The map: the last block's MLP output, or its attention output.
         """
         found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for part in self.parts(texts):
-            found |= zip(part, self._factors([texts[place] for place in part]), strict=True)
+            found |= zip(part, self._factors([texts[place] for place in part], tap), strict=True)
         inputs, slopes, chances = zip(*(found[place] for place in range(len(texts))), strict=True)
         return Factors(torch.stack(inputs), torch.stack(slopes), torch.stack(chances))
 
-    def _factors(self, texts: Sequence[Ids]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _factors(self, texts: Sequence[Ids], tap: Tap) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For each text what enters the map, the slopes, and the probabilities."""
         seen: dict[str, Tensor] = {}
 
@@ -122,7 +118,7 @@ class Simulator:
             seen["inputs"], seen["output"] = args[0], output.detach().requires_grad_(True)
             return seen["output"]
 
-        (linear,) = self.adapter.linear_maps(self.adapter.num_blocks - 1, MLP_OUTPUT)
+        (linear,) = self.adapter.linear_maps(tap.block, tap.kind)
         handle = linear.register_forward_hook(cut)
         try:
             with torch.enable_grad():

@@ -1,0 +1,28 @@
+"""What was trained, where nobody says: the task shows in what else the update holds (chapter `09_completion`)."""
+
+from __future__ import annotations
+
+from dager_tutorial.models.adapter import Adapter
+from dager_tutorial.models.heads import Head
+from dager_tutorial.update import Update
+
+
+def plausible_heads(update: Update, adapter: Adapter) -> list[Head]:
+    """Heads that may have been trained, the likeliest first, as this package's clients draw them.
+
+    Args:
+        update: What the client sent.
+        adapter: The architecture.
+
+    Returns:
+        One head a task.
+    """
+    network = adapter.network
+    inside = {name for name, _ in network.named_parameters()}
+    prefix = f"{network.base_model_prefix}."
+    outside = {name: tensor for name, tensor in update.gradients.items() if name.removeprefix(prefix) not in inside}
+    vocabulary = network.config.vocab_size
+    tokens = Head("next_token" if adapter.causal else "masked")
+    if any(vocabulary in tensor.shape for tensor in outside.values()):
+        return [tokens]
+    return [Head()] if outside else [Head(), tokens]
