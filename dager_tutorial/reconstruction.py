@@ -26,6 +26,8 @@ class Reconstruction:
         confirmations: For each sequence, whether it is confirmed and by which taps; empty where nobody says.
         labels: For each sequence the classes it was trained with, one for each time it occurs; () where nothing tells.
         copies: For each sequence how often it stands in the batch; None where nothing tells.
+        with_targets: Whether the sequences hold what the loss asked for and the network did not see: last tokens under
+            the next-token loss, the tokens behind the masks.
         batch_size: How many texts the batch has, where it could be told: a mean over the batch cannot tell it from one
             in which every text stands twice as often.
         unexplained: Share of the update that remains when what was recovered is simulated and taken off it; None where
@@ -54,6 +56,7 @@ class Reconstruction:
     confirmations: tuple[Confirmation, ...] = ()
     labels: tuple[tuple[int, ...], ...] = ()
     copies: tuple[int | None, ...] = ()
+    with_targets: bool = False
     batch_size: int | None = None
     unexplained: float | None = None
     diagnosis: str = ""
@@ -95,6 +98,7 @@ class Reconstruction:
             "confirmations": [confirmation.to_json() for confirmation in self.confirmations],
             "labels": [list(labels) for labels in self.labels],
             "copies": list(self.copies),
+            "with_targets": self.with_targets,
             "recovered_batch_size": self.batch_size,
             "unexplained": self.unexplained,
             "seconds": {stage: float(seconds) for stage, seconds in self.seconds.items()},

@@ -29,8 +29,9 @@ class Truth:
     Attributes:
         texts: The batch.
         labels: One class per text.
-        sequences: Token ids of each text, special ones included, that the network saw and an attack can recover: all
-            but the last one under `next_token` (it is a target and no input), the corrupted text under `masked`.
+        sequences: Token ids of each text, special ones included, as the network saw them: all but the last one under
+            `next_token` (it is a target and no input), the corrupted text under `masked`.
+        wholes: The same with what is only a target: the last token, and what stood behind the masks.
         n_tokens: Number of tokens that the client trained on, special ones included, pads never.
         task: What was trained.
         hidden_size: Width of the model's hidden states.
@@ -40,6 +41,7 @@ class Truth:
     texts: tuple[str, ...]
     labels: tuple[int, ...]
     sequences: tuple[tuple[int, ...], ...]
+    wholes: tuple[tuple[int, ...], ...]
     n_tokens: int
     task: str
     hidden_size: int
@@ -62,6 +64,13 @@ class PrivateBatch:
     inputs: list[list[int]]
     targets: list[list[int]] | None
 
+    def _originals(self) -> list[tuple[int, ...]]:
+        """The texts before any token was masked."""
+        if self.targets is None:
+            return [tuple(ids) for ids in self.inputs]
+        pairs = zip(self.inputs, self.targets, strict=True)
+        return [tuple(a if b == IGNORED else b for a, b in zip(*pair, strict=True)) for pair in pairs]
+
     def truth(self, model: LanguageModel, task: str) -> Truth:
         """What an attack on this batch can recover.
 
@@ -70,10 +79,13 @@ class PrivateBatch:
             task: What is trained.
         """
         end = -1 if task == "next_token" else None
+        seen = [tuple(ids[:end]) for ids in self.inputs]
         return Truth(
             texts=self.texts,
             labels=self.labels,
-            sequences=tuple(tuple(ids[:end]) for ids in self.inputs),
+            sequences=tuple(seen),
+            # Of a text of a single token nothing is seen and nothing is asked for.
+            wholes=tuple(ids if one else () for ids, one in zip(self._originals(), seen, strict=True)),
             n_tokens=sum(map(len, self.inputs)),
             task=task,
             hidden_size=model.hidden_size,

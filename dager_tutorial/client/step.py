@@ -83,12 +83,21 @@ def play(
     return _update(model, batch, config), batch.truth(model, config.task)
 
 
+def head_of(config: ClientConfig, labels: Sequence[int] | None = None) -> Head:
+    """The head that the server hands out to such a client: all that it must know to simulate a step.
+
+    Args:
+        config: What the client does.
+        labels: The classes of its batch: there are as many as the largest tells, at least two.
+    """
+    return Head(config.task, max([1, *(labels or ())]) + 1, config.seed, config.head_std)
+
+
 def _update(model: LanguageModel, batch: PrivateBatch, config: ClientConfig) -> Update:
     """Forward and backward pass of the client's network."""
     backbone = in_dtype(model.network, getattr(torch, config.dtype))
     adapter = adapter_for(backbone)
-    head = Head(config.task, max(2, max(batch.labels) + 1), config.seed, config.head_std)
-    client = with_head(backbone, model.tokenizer, head)
+    client = with_head(backbone, model.tokenizer, head_of(config, batch.labels))
     token = pad_for(client.config, model.tokenizer, {ids[-1] for ids in batch.inputs})
     client.config.pad_token_id = token
     padded = pad(batch, token, config.padding_side, model.device)

@@ -55,7 +55,10 @@ def attack(
     watch = Stopwatch()
     budget = Budget.of(config, watch.begin, progress)
     evidence = evidence_of(model, update, watch)
-    outcome = unreadable(evidence) or completed(model, update, head, evidence, _search(config, budget), budget)
+    search = _search(config, budget)
+    outcome = search(evidence)
+    if config.complete:
+        outcome = completed(model, update, head, evidence, search, outcome, budget)
     return _reconstruction(model, evidence, outcome)
 
 
@@ -85,6 +88,7 @@ def _reconstruction(model: LanguageModel, evidence: Evidence, outcome: Outcome) 
         confirmations=tuple(text.confirmation for text in outcome.texts),
         labels=tuple(text.labels for text in outcome.texts),
         copies=tuple(text.copies for text in outcome.texts),
+        with_targets=outcome.with_targets,
         batch_size=outcome.size,
         unexplained=outcome.unexplained,
         diagnosis=outcome.diagnosis,

@@ -36,6 +36,7 @@ class Outcome:
         status: What is known.
         diagnosis: One sentence for people: what this update in particular gave, or why it gave nothing.
         texts: The texts, in the order of their discovery.
+        with_targets: Whether the texts hold what the loss asked for and the network did not see.
         size: The number of texts in the batch, where it could be told.
         unexplained: Share of the update (norm over norm, over all shared parameters) that remains when all that was
             recovered is simulated and taken off; None where it was not simulated.
@@ -44,6 +45,7 @@ class Outcome:
     status: Status
     diagnosis: str
     texts: tuple[FoundText, ...] = ()
+    with_targets: bool = False
     size: int | None = None
     unexplained: float | None = None
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.budget import Budget
-from dager_tutorial.server.completion.ledger import Ledger
 from dager_tutorial.server.completion.guess import plausible_heads
+from dager_tutorial.server.completion.ledger import Ledger
 from dager_tutorial.server.completion.simulation import Ids, Simulator
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.evidence import Evidence
@@ -26,9 +26,15 @@ Search = Callable[[Evidence], Outcome]
 
 
 def completed(
-    model: LanguageModel, update: Update, head: Head | None, evidence: Evidence, search: Search, budget: Budget
+    model: LanguageModel,
+    update: Update,
+    head: Head | None,
+    evidence: Evidence,
+    search: Search,
+    outcome: Outcome,
+    budget: Budget,
 ) -> Outcome:
-    """Search an update, and complete what is found.
+    """Complete what a search found.
 
     Args:
         model: The model both sides know.
@@ -36,9 +42,12 @@ def completed(
         head: The head that the server handed out; None where it is to be guessed.
         evidence: What the update says.
         search: Searches an update.
+        outcome: What it found in this one.
         budget: What it may cost.
+
+    Returns:
+        The same outcome where nothing could be completed.
     """
-    outcome = search(evidence)
     if not outcome.texts or budget.late or update.kind != "gradient":
         return outcome
     with evidence.watch.stage("completion"):
@@ -91,7 +100,9 @@ def _for_backbone(rest: dict[str, Tensor], evidence: Evidence) -> Mapping[str, T
     return Update(rest).for_backbone(evidence.adapter.network)
 
 
-def _outcome(first: Outcome, ledger: Ledger, found: Mapping[Ids, FoundText], unexplained: float, *, late: bool) -> Outcome:
+def _outcome(
+    first: Outcome, ledger: Ledger, found: Mapping[Ids, FoundText], unexplained: float, *, late: bool
+) -> Outcome:
     """The texts that were entered, then those of the first search that were not, under the verdict."""
     counts = ledger.counts
     assert counts is not None
@@ -102,9 +113,9 @@ def _outcome(first: Outcome, ledger: Ledger, found: Mapping[Ids, FoundText], une
         entered.append(replace(found[text], confirmation=by, labels=classes, copies=len(classes)))
     certified = ledger.complete and unexplained <= constants().certified
     others = [] if certified else [text for text in first.texts if text.tokens not in ledger.texts]
-    size = counts.size if certified else None
+    size = counts.size if ledger.complete else None
     status, diagnosis = _verdict(first, ledger, unexplained, certified=certified, late=late)
-    return Outcome(status, diagnosis, (*entered, *others), size, unexplained)
+    return Outcome(status, diagnosis, (*entered, *others), size=size, unexplained=unexplained)
 
 
 def _verdict(first: Outcome, ledger: Ledger, unexplained: float, *, certified: bool, late: bool) -> tuple[Status, str]:
@@ -118,7 +129,9 @@ def _verdict(first: Outcome, ledger: Ledger, unexplained: float, *, certified: b
             f"they leave {unexplained:.0e} of the update unexplained"
         )
     if ledger.complete:
-        reason = f"the weights of {texts} texts add up to the batch, and leave {unexplained:.2g} of the update unexplained"
+        reason = (
+            f"the weights of {texts} texts add up to the batch, and leave {unexplained:.2g} of the update unexplained"
+        )
         return (first.status if first.status.rows_explained else Status.ENDS_CONFIRMED), reason
     reason = f"{texts} of about {counts.size} texts are weighed; without them {unexplained:.0%} of the update is left"
     return (Status.OUT_OF_TIME if late else Status.PARTIAL), reason

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,8 +27,8 @@ from dager_tutorial.update import Update
 
 Ids = tuple[int, ...]
 
-Objective = Callable[[list[int], Float[Tensor, "part *rest"], Int[Tensor, "part length"]], Float[Tensor, ""]]
-"""A scalar of the logits of some of the texts (by their places): given places, logits and mask."""
+Objective = Callable[[list[int], Tensor, Tensor], Tensor]
+"""A scalar, of the places of some texts, their logits (texts x classes, or texts x length x vocabulary), their mask."""
 
 
 @dataclass(frozen=True)
