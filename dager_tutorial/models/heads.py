@@ -41,8 +41,8 @@ class Head:
         classes: Number of classes; only classification has them.
         seed: Seed of a freshly drawn head.
         std: Standard deviation of a fresh head's map to the classes.
-        weights: The numbers of a head that is not drawn, by the names of transformers' task class (`score.weight`, ...);
-            what is missing is drawn.
+        weights: The numbers of a head that is not drawn, by the names of transformers' task class (`score.weight`
+            for one); what is missing is drawn.
 
     Example:
         >>> Head(classes=3).task

@@ -78,6 +78,7 @@ class Constants:
     most_copies: int = _constant(8, "copies of one text, and texts for each distinct one, that are tried", "cost")
     finest_count: float = _constant(1e-3, "error of a count that is tried first", "measured")
     coarsest_count: float = _constant(0.05, "error of a count that is tried last", "chosen")
+    rounded: float = _constant(4.0, "share of an update that 16 bits may leave, in units of their epsilon", "measured")
     certified: float = _constant(1e-4, "share of an update that a reconstruction may leave unexplained", "measured")
     target_noise: float = _constant(30.0, "a row's gradient may be off by so many expected errors", "measured: 2 to 13")
     target_rounding: float = _constant(16.0, "and by so much of itself, in units of epsilon", "measured: 3 to 6")

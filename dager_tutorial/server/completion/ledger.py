@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP_OUTPUT, Tap
 from dager_tutorial.server.completion.counting import Counts, count
 from dager_tutorial.server.completion.reduction import Reduction, reduction_of, shares
+from dager_tutorial.server.completion.remainder import norm, widened
 from dager_tutorial.server.completion.simulation import Factors, Ids, Simulator, of_logits
 from dager_tutorial.server.evidence import Evidence
 
@@ -27,7 +27,10 @@ class Ledger:
     def __init__(self, simulator: Simulator, evidence: Evidence, received: Mapping[str, Tensor]) -> None:
         self.simulator = simulator
         self.received = {name: received[name] for name in simulator.shared}
-        self.tap, self.reduction = _taken_apart(evidence)
+        self.tap = _read_tap(evidence)
+        gradient = self.tap.gradient(evidence.gradients)
+        eps = torch.finfo(evidence.precision).eps
+        self.reduction = None if gradient is None else reduction_of(gradient, eps)
         self.texts: tuple[Ids, ...] = ()
         self.counts: Counts | None = None
         self._before: tuple[tuple[Ids, ...], Counts | None] = (), None
@@ -42,6 +45,14 @@ class Ledger:
     def size(self) -> int | None:
         """The size of the batch, as far as the counts tell."""
         return None if self.counts is None else self.counts.size
+
+    @property
+    def classes(self) -> dict[Ids, tuple[int, ...]]:
+        """The labels of each text, one a copy."""
+        if self.counts is None:
+            return {}
+        times = zip(self.texts, self.counts.labels.tolist(), strict=True)
+        return {text: tuple(label for label, n in enumerate(each) for _ in range(n)) for text, each in times}
 
     def enter(self, texts: Sequence[Ids]) -> bool:
         """Enter those texts that are in the batch for certain.
@@ -81,7 +92,7 @@ class Ledger:
 
     def _ask(self, texts: list[Ids]) -> None:
         """Compute the factors of texts that were not asked for before."""
-        if texts and self.tap is not None:
+        if texts:
             found = self.simulator.factors(texts, self.tap)
             parts = zip(found.inputs.split(1), found.slopes.split(1), found.chances.split(1), strict=True)
             self._factors |= zip(texts, (Factors(*part) for part in parts), strict=True)
@@ -98,7 +109,7 @@ class Ledger:
         Returns:
             By the update's names, in float32 or, where the update has it, float64.
         """
-        rest = {name: tensor.to(_wide(tensor.dtype), copy=True) for name, tensor in self.received.items()}
+        rest = widened(self.received)
         if self.counts is not None:
             self.simulator.subtract(rest, self.texts, of_logits(self.counts.gradients))
         return rest
@@ -112,29 +123,8 @@ class Ledger:
         return norm(rest) / norm(self.received)
 
 
-def norm(tensors: Mapping[str, Tensor]) -> float:
-    """The norm of all numbers together.
-
-    Args:
-        tensors: By name.
-
-    >>> norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
-    5.0
-    """
-    return math.hypot(*(torch.linalg.vector_norm(tensor.float()).item() for tensor in tensors.values()))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to subtract in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _taken_apart(evidence: Evidence) -> tuple[Tap | None, Reduction | None]:
-    """A map of the last block whose gradient has one term a text, and that gradient taken apart."""
-    adapter = evidence.adapter
-    for kind in (ATTENTION_OUTPUT, MLP_OUTPUT):
-        tap = adapter.tap(adapter.num_blocks - 1, kind)
-        gradient = tap.gradient(evidence.gradients)
-        if gradient is not None:
-            return tap, reduction_of(gradient, torch.finfo(evidence.precision).eps)
-    return None, None
+def _read_tap(evidence: Evidence) -> Tap:
+    """A map of the last block whose gradient has one term a text: the attention's output, or else the MLP's."""
+    adapter, last = evidence.adapter, evidence.adapter.num_blocks - 1
+    taps = (adapter.tap(last, ATTENTION_OUTPUT), adapter.tap(last, MLP_OUTPUT))
+    return next((tap for tap in taps if set(tap.parameters) & set(evidence.gradients)), taps[0])

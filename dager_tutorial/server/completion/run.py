@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from dager_tutorial.models.heads import Head
@@ -15,7 +16,9 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.completion.guess import plausible_heads
 from dager_tutorial.server.completion.ledger import Ledger
+from dager_tutorial.server.completion.remainder import explains
 from dager_tutorial.server.completion.simulation import Ids, Simulator
+from dager_tutorial.server.completion.tokens import with_targets
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import FoundText, Outcome
@@ -52,16 +55,17 @@ def completed(
         return outcome
     with evidence.watch.stage("completion"):
         for each in [head] if head is not None else plausible_heads(update, evidence.adapter):
-            if each.task != "classification":
-                continue
-            ledger = Ledger(Simulator(model, update, each, evidence.precision), evidence, update.gradients)
-            better = peeled(evidence, ledger, outcome, search, budget)
-            if better is not outcome:
+            simulator = Simulator(model, update, each, evidence.precision)
+            if each.task == "classification":
+                better = peeled(evidence, Ledger(simulator, evidence, update.gradients), outcome, search, budget)
+            else:
+                better = with_targets(simulator, update.gradients, outcome, evidence.precision)
+            if better is not None:
                 return better
     return outcome
 
 
-def peeled(evidence: Evidence, ledger: Ledger, first: Outcome, search: Search, budget: Budget) -> Outcome:
+def peeled(evidence: Evidence, ledger: Ledger, first: Outcome, search: Search, budget: Budget) -> Outcome | None:
     """Weigh the texts that a search found, take them off the update and search what remains, until all is explained.
 
     Args:
@@ -72,7 +76,7 @@ def peeled(evidence: Evidence, ledger: Ledger, first: Outcome, search: Search, b
         budget: What it may cost.
 
     Returns:
-        The first outcome where no text could be weighed; else the texts of all rounds, with labels and counts, the
+        None where no text could be weighed; else the texts of all rounds, with labels and counts, the
         share of the update that they leave unexplained, and the status that fits.
     """
     found = {text.tokens: text for text in first.texts}
@@ -90,9 +94,16 @@ def peeled(evidence: Evidence, ledger: Ledger, first: Outcome, search: Search, b
         budget.report("completion", len(ledger.texts), ledger.size)
         latest = search(evidence.less(_for_backbone(rest, evidence)))
         found |= {text.tokens: text for text in latest.texts if text.tokens not in found}
-    if unexplained is None:
-        return first
-    return _outcome(first, ledger, found, unexplained, late=budget.late)
+    exact = torch.finfo(evidence.precision).eps < constants().certified
+    if unexplained is None or not (exact or explains(unexplained, evidence.precision)):
+        return None  # in 16 bits a weight proves nothing alone
+    texts = _entered(ledger, found)
+    if not explains(unexplained, evidence.precision):
+        texts += [text for text in first.texts if text.tokens not in ledger.texts]
+        size, verdict = None, _partial(ledger, unexplained, late=budget.late)
+    else:
+        size, verdict = ledger.size, _explained(first, ledger, unexplained)
+    return Outcome(*verdict, tuple(texts), size=size, unexplained=unexplained)
 
 
 def _for_backbone(rest: dict[str, Tensor], evidence: Evidence) -> Mapping[str, Tensor]:
@@ -100,38 +111,29 @@ def _for_backbone(rest: dict[str, Tensor], evidence: Evidence) -> Mapping[str, T
     return Update(rest).for_backbone(evidence.adapter.network)
 
 
-def _outcome(
-    first: Outcome, ledger: Ledger, found: Mapping[Ids, FoundText], unexplained: float, *, late: bool
-) -> Outcome:
-    """The texts that were entered, then those of the first search that were not, under the verdict."""
-    counts = ledger.counts
-    assert counts is not None
-    entered = []
-    for text, labels in zip(ledger.texts, counts.labels.tolist(), strict=True):
-        classes = tuple(label for label, times in enumerate(labels) for _ in range(times))
-        by = Confirmation(Certainty.WHOLE, (*found[text].confirmation.taps, *filter(None, [ledger.tap])))
-        entered.append(replace(found[text], confirmation=by, labels=classes, copies=len(classes)))
-    certified = ledger.complete and unexplained <= constants().certified
-    others = [] if certified else [text for text in first.texts if text.tokens not in ledger.texts]
-    size = counts.size if ledger.complete else None
-    status, diagnosis = _verdict(first, ledger, unexplained, certified=certified, late=late)
-    return Outcome(status, diagnosis, (*entered, *others), size=size, unexplained=unexplained)
+def _entered(ledger: Ledger, found: Mapping[Ids, FoundText]) -> list[FoundText]:
+    """The texts of the account with labels, counts, and the map that confirms them besides what did before."""
+    texts = []
+    for text, classes in ledger.classes.items():
+        by = Confirmation(Certainty.WHOLE, tuple(dict.fromkeys((*found[text].confirmation.taps, ledger.tap))))
+        texts.append(replace(found[text], confirmation=by, labels=classes, copies=len(classes)))
+    return texts
 
 
-def _verdict(first: Outcome, ledger: Ledger, unexplained: float, *, certified: bool, late: bool) -> tuple[Status, str]:
-    """Status and one sentence."""
-    counts = ledger.counts
-    assert counts is not None
-    texts = sum(counts.copies)
-    if certified:
-        return Status.CERTIFIED, (
-            f"the batch has {texts} {'text' if texts == 1 else 'texts'}: simulated with labels and counts, "
-            f"they leave {unexplained:.0e} of the update unexplained"
-        )
-    if ledger.complete:
-        reason = (
-            f"the weights of {texts} texts add up to the batch, and leave {unexplained:.2g} of the update unexplained"
-        )
-        return (first.status if first.status.rows_explained else Status.ENDS_CONFIRMED), reason
-    reason = f"{texts} of about {counts.size} texts are weighed; without them {unexplained:.0%} of the update is left"
+def _explained(first: Outcome, ledger: Ledger, unexplained: float) -> tuple[Status, str]:
+    """The verdict where nothing is missing."""
+    number = sum(map(len, ledger.classes.values()))
+    reason = (
+        f"the batch has {number} {'text' if number == 1 else 'texts'}: simulated with labels and counts "
+        f"{'it leaves' if number == 1 else 'they leave'} {unexplained:.0e} of the update unexplained"
+    )
+    if unexplained <= constants().certified:
+        return Status.CERTIFIED, reason
+    return (first.status if first.status.rows_explained else Status.ENDS_CONFIRMED), reason
+
+
+def _partial(ledger: Ledger, unexplained: float, *, late: bool) -> tuple[Status, str]:
+    """The verdict where something is."""
+    number = sum(map(len, ledger.classes.values()))
+    reason = f"{number} of about {ledger.size} texts are weighed; {unexplained:.0%} of the update is not explained"
     return (Status.OUT_OF_TIME if late else Status.PARTIAL), reason

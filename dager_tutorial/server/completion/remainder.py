@@ -1,0 +1,47 @@
+"""What remains of an update, and when so little does that all is explained (chapter `09_completion`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dager_tutorial.server.constants import constants
+
+
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies to subtract from: in float32, or float64 where they are.
+
+    Args:
+        tensors: By name.
+    """
+    return {name: each.to(torch.promote_types(each.dtype, torch.float32), copy=True) for name, each in tensors.items()}
+
+
+def norm(tensors: Mapping[str, Tensor]) -> float:
+    """The norm of all numbers together.
+
+    Args:
+        tensors: By name.
+
+    >>> norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
+    5.0
+    """
+    return math.hypot(*(torch.linalg.vector_norm(tensor.float()).item() for tensor in tensors.values()))
+
+
+def explains(unexplained: float, precision: torch.dtype) -> bool:
+    """Whether what is left of an update is no more than the client's rounding makes of it.
+
+    In float32 that is a proof. In 16 bits it is not: a single wrong token may hide below.
+
+    Args:
+        unexplained: The share that is left.
+        precision: The client's.
+
+    >>> explains(1e-6, torch.float32), explains(0.01, torch.float32), explains(0.01, torch.bfloat16)
+    (True, False, True)
+    """
+    return unexplained <= max(constants().certified, constants().rounded * torch.finfo(precision).eps)
