@@ -24,6 +24,7 @@ class Reconstruction:
         scores: Calibrated residual ratio of each sequence: about 1 when it is true, larger is worse.
         status: What is known of the batch.
         confirmations: For each sequence, whether it is confirmed and by which taps; empty where nobody says.
+        diagnosis: One sentence for people.
         labels: For each sequence the classes it was trained with, one for each time it occurs; () where nothing tells.
         copies: For each sequence how often it stands in the batch; None where nothing tells.
         with_targets: Whether the sequences hold what the loss asked for and the network did not see: last tokens under
@@ -32,7 +33,6 @@ class Reconstruction:
             in which every text stands twice as often.
         unexplained: Share of the update that remains when what was recovered is simulated and taken off it; None where
             it was not.
-        diagnosis: One sentence for people.
         seconds: Wall-clock seconds of the stages ``subspace``, ``filter``, ``search``, ``completion``
             and ``total``.
         ranks: Numerical rank of each tap's gradient that was read.
@@ -54,12 +54,12 @@ class Reconstruction:
     scores: tuple[float, ...]
     status: Status
     confirmations: tuple[Confirmation, ...] = ()
+    diagnosis: str = ""
     labels: tuple[tuple[int, ...], ...] = ()
     copies: tuple[int | None, ...] = ()
     with_targets: bool = False
     batch_size: int | None = None
     unexplained: float | None = None
-    diagnosis: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     ranks: dict[Tap, int] = field(default_factory=dict)
     model: str = ""

@@ -96,6 +96,18 @@ class Simulator:
             part.append(place)
         yield part
 
+    @torch.no_grad()
+    def chances(self, texts: Sequence[Ids]) -> Float[Tensor, "texts classes"]:
+        """The probabilities (float64) that the model gives the classes of each text.
+
+        Args:
+            texts: Token ids, at least one text.
+        """
+        found: dict[int, Tensor] = {}
+        for part in self.parts(texts):
+            found |= zip(part, precise(self.logits([texts[place] for place in part])[0]).softmax(-1).cpu(), strict=True)
+        return torch.stack([found[place] for place in range(len(texts))])
+
     def factors(self, texts: Sequence[Ids], tap: Tap) -> Factors:
         """What texts add to the gradient of a map of the last block, under a loss that reads one token of each.
 
