@@ -79,6 +79,12 @@ class Constants:
     finest_count: float = _constant(1e-3, "error of a count that is tried first", "measured")
     coarsest_count: float = _constant(0.05, "error of a count that is tried last", "chosen")
     certified: float = _constant(1e-4, "share of an update that a reconstruction may leave unexplained", "measured")
+    unseen: float = _constant(
+        1e-10, "share of the strongest below which no text moves a direction of features", "numerics"
+    )
+    most_conjugate: int = _constant(200, "most steps of conjugate gradients for an unknown head", "cost")
+    tellers: int = _constant(4, "texts, or copies of one, with which the search for an unknown head begins", "chosen")
+    newton_steps: int = _constant(12, "steps of Newton's method for scale and offset of an unknown head", "numerics")
     # Unmixing and incidence (chapters `07_unmixing` and `08_encoder_recovery`)
     ridge: float = _constant(
         1e-3, "ridge of the regression of positions on tokens, share of a token's square", "numerics"

@@ -1,4 +1,4 @@
-"""From gradients in logits to labels, counts and the size of the batch: they are whole numbers (chapter `09_completion`).
+"""From gradients in logits to labels, counts and the size of the batch: whole numbers (chapter `09_completion`).
 
 The cross-entropy's gradient in a text's logits is `(p - e_label) / B`. A text that occurs m times, with each label as
 often as `counts` says, has `v = (m p - counts) / B`: both m and the counts follow, once B is known; and B is the least
@@ -7,6 +7,7 @@ number that makes all of them whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,12 +68,40 @@ def count(
         >>> found.size, found.labels.tolist(), found.complete
         (3, [[0, 2], [1, 0]], True)
     """
+    for error, size in trials(least):
+        found = count_within(gradients, chances, size, error)
+        if found is not None:
+            return found
+    return None
+
+
+def trials(least: int) -> Iterator[tuple[float, int]]:
+    """Errors of counts and sizes of batches in the order in which they are tried: the finest error first.
+
+    Args:
+        least: As many texts as there are at least.
+    """
     for error in (constants().finest_count, constants().coarsest_count):
         for size in range(least, constants().most_copies * least + 1):
-            labels = _labels(size * gradients, chances, size, error)
-            if labels is not None:
-                return Counts(size, labels, chances)
-    return None
+            yield error, size
+
+
+def count_within(
+    gradients: Float[Tensor, "texts classes"], chances: Float[Tensor, "texts classes"], size: int, error: float
+) -> Counts | None:
+    """The whole numbers behind gradients in logits, for one size of the batch.
+
+    Args:
+        gradients: float64, measured.
+        chances: float64, the probabilities of the classes.
+        size: The number of texts in the batch.
+        error: How far a count of one copy may be from whole.
+
+    Returns:
+        None where not all counts are whole.
+    """
+    labels = _labels(size * gradients, chances, size, error)
+    return None if labels is None else Counts(size, labels, chances)
 
 
 def _labels(scaled: Tensor, chances: Tensor, size: int, error: float) -> Tensor | None:
