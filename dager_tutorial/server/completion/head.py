@@ -193,11 +193,11 @@ def _hidden_part(case: _Case, weight: Tensor, gradients: Tensor) -> Tensor | Non
         return None
     received = torch.cat([precise(case.update.gradients[name]).flatten() for name in late])
     rest = received - _pushed(case, late, weight, gradients)
-    classes = torch.eye(len(weight), dtype=weight.dtype)
+    classes = (torch.eye(len(weight), dtype=weight.dtype) - 1 / len(weight))[1:]  # a shift of all shows nowhere
     parts = [one[:, None] * direction for one in classes for direction in case.seen.hidden.T]
     columns = torch.stack([_pushed(case, late, part, gradients) for part in parts], 1)
     mixture = torch.linalg.pinv(columns, rtol=case.error) @ rest
-    return sum((weight * part for weight, part in zip(mixture, parts, strict=True)), torch.zeros_like(weight))
+    return torch.einsum("p,pcf->cf", mixture, torch.stack(parts))
 
 
 def _pushed(case: _Case, late: dict[str, torch.nn.Parameter], weight: Tensor, gradients: Tensor) -> Tensor:
