@@ -19,6 +19,7 @@ from dager_tutorial.server.completion.head import find_head
 from dager_tutorial.server.completion.simulation import Simulator
 from dager_tutorial.update import Update
 
+
 @dataclass(frozen=True)
 class Played:
     """A client's step, and what it was made of."""

@@ -76,8 +76,9 @@ class Constants:
     # Completion (chapter `09_completion`)
     tokens_trained_at_once: int = _constant(1024, "tokens for which the client's step is repeated at once", "cost")
     most_copies: int = _constant(8, "copies of one text, and texts for each distinct one, that are tried", "cost")
-    finest_count: float = _constant(1e-3, "error of a count that is tried first", "measured")
-    coarsest_count: float = _constant(0.05, "error of a count that is tried last", "chosen")
+    finest_count: float = _constant(1e-5, "error of a count that is tried first", "measured: 1e-7 to 1e-5")
+    coarser: float = _constant(6.0, "factor from one error of a count to the next that is tried", "chosen")
+    coarsest_count: float = _constant(0.08, "error above which no count is tried", "chosen")
     certified: float = _constant(1e-4, "share of an update that a reconstruction may leave unexplained", "measured")
     unseen: float = _constant(
         1e-10, "share of the strongest below which no text moves a direction of features", "numerics"
