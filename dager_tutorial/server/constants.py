@@ -76,14 +76,21 @@ class Constants:
     # Completion (chapter `09_completion`)
     tokens_trained_at_once: int = _constant(1024, "tokens for which the client's step is repeated at once", "cost")
     most_copies: int = _constant(8, "copies of one text, and texts for each distinct one, that are tried", "cost")
-    finest_count: float = _constant(1e-3, "error of a count that is tried first", "measured")
-    coarsest_count: float = _constant(0.05, "error of a count that is tried last", "chosen")
+    finest_count: float = _constant(1e-5, "error of a count that is tried first", "measured: 1e-7 to 1e-5")
+    coarser: float = _constant(6.0, "factor from one error of a count to the next that is tried", "chosen")
+    coarsest_count: float = _constant(0.08, "error above which no count is tried", "chosen")
     rounded: float = _constant(4.0, "share of an update that 16 bits may leave, in units of their epsilon", "measured")
     certified: float = _constant(1e-4, "share of an update that a reconstruction may leave unexplained", "measured")
     target_noise: float = _constant(30.0, "a row's gradient may be off by so many expected errors", "measured: 2 to 13")
     target_rounding: float = _constant(16.0, "and by so much of itself, in units of epsilon", "measured: 3 to 6")
     endings_tried: int = _constant(16, "tokens whose slopes are computed for what is left of a row", "cost")
     most_endings: int = _constant(64, "tokens that are added to those known to follow a prefix", "cost")
+    unseen: float = _constant(
+        1e-10, "share of the strongest below which no text moves a direction of features", "numerics"
+    )
+    most_conjugate: int = _constant(200, "most steps of conjugate gradients for an unknown head", "cost")
+    tellers: int = _constant(4, "texts, or copies of one, with which the search for an unknown head begins", "chosen")
+    newton_steps: int = _constant(12, "steps of Newton's method for scale and offset of an unknown head", "numerics")
     # Unmixing and incidence (chapters `07_unmixing` and `08_encoder_recovery`)
     ridge: float = _constant(
         1e-3, "ridge of the regression of positions on tokens, share of a token's square", "numerics"

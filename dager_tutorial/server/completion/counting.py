@@ -1,4 +1,4 @@
-"""From gradients in logits to labels, counts and the size of the batch: they are whole numbers (chapter `09_completion`).
+"""From gradients in logits to labels, counts and the size of the batch: whole numbers (chapter `09_completion`).
 
 The cross-entropy's gradient in a text's logits is `(p - e_label) / B`. A text that occurs m times, with each label as
 often as `counts` says, has `v = (m p - counts) / B`: both m and the counts follow, once B is known; and B is the least
@@ -7,6 +7,8 @@ number that makes all of them whole.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,25 +69,79 @@ def count(
         >>> found.size, found.labels.tolist(), found.complete
         (3, [[0, 2], [1, 0]], True)
     """
-    for error in (constants().finest_count, constants().coarsest_count):
+    for error, size in trials(least):
+        found = count_within(gradients, chances, size, error)
+        if found is not None:
+            return found if found.complete or len(gradients) < least else _filled(gradients, found, error)
+    return None
+
+
+def trials(least: int) -> Iterator[tuple[float, int]]:
+    """Errors of counts and sizes of batches in the order in which they are tried: the finest error first.
+
+    Args:
+        least: As many texts as there are at least.
+    """
+    error = constants().finest_count
+    while error < constants().coarsest_count:
         for size in range(least, constants().most_copies * least + 1):
-            labels = _labels(size * gradients, chances, size, error)
-            if labels is not None:
-                return Counts(size, labels, chances)
-    return None
+            yield error, size
+        error *= constants().coarser
 
 
-def _labels(scaled: Tensor, chances: Tensor, size: int, error: float) -> Tensor | None:
-    """For a size the least counts (texts x classes) that fit, or None where those of a text do not."""
-    found = torch.full(scaled.shape, -1, dtype=torch.long)
-    open_ones = torch.ones(len(scaled), dtype=torch.bool)
-    for copies in range(1, min(size, constants().most_copies) + 1):
-        wanted = copies * chances - scaled
-        whole = wanted.round()
-        fits = ((wanted - whole).abs() <= error * copies).all(1) & (whole >= 0).all(1)
-        fresh = fits & open_ones
-        found[fresh] = whole[fresh].long()
-        open_ones &= ~fits
-        if not open_ones.any():
-            return found if found.sum() <= size else None
-    return None
+def count_within(
+    gradients: Float[Tensor, "texts classes"], chances: Float[Tensor, "texts classes"], size: int, error: float
+) -> Counts | None:
+    """The whole numbers behind gradients in logits, for one size of the batch: of those that fit the least.
+
+    Args:
+        gradients: float64, measured.
+        chances: float64, the probabilities of the classes.
+        size: The number of texts in the batch.
+        error: How far a count of one copy may be from whole.
+
+    Returns:
+        None where not all counts are whole. Of counts that are complete, the least that have the same shares: where
+        more texts were expected than there are, noise was taken for texts.
+    """
+    whole, fits, _ = _candidates(size * gradients, chances, size, error)
+    if not fits.any(0).all():
+        return None
+    labels = whole[fits.int().argmax(0), torch.arange(len(gradients))]
+    if labels.sum() > size:
+        return None
+    divisor = math.gcd(size, *labels.flatten().tolist()) if labels.sum() == size else 1
+    return Counts(size // divisor, labels // divisor, chances)
+
+
+def _candidates(scaled: Tensor, chances: Tensor, size: int, error: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole counts for each number of copies (copies x texts x classes), whether they fit, and how far they are off."""
+    copies = torch.arange(1, min(size, constants().most_copies) + 1)[:, None, None]
+    wanted = copies * chances - scaled
+    whole = wanted.round()
+    off = (wanted - whole).abs().amax(2)
+    # Many copies may add up errors, but never so many that any number would be near a whole one.
+    allowed = (error * copies[..., 0]).clamp(max=constants().coarsest_count)
+    return whole.long(), (off <= allowed) & (whole >= 0).all(2), off
+
+
+def _filled(gradients: Tensor, found: Counts, error: float) -> Counts:
+    """Counts that add up to the size, where no text can be missing and the least that fit do not.
+
+    One of each class more is invisible where all classes are equally likely. If there is just one way to choose counts
+    that fit and add up, it is taken; else nobody can tell, and the counts stay incomplete.
+    """
+    whole, fits, _ = _candidates(found.size * gradients, found.chances, found.size, error)
+    ways: dict[int, list[list[int]]] = {0: [[]]}  # copies so far: choices that lead there, two at most
+    for text in range(len(gradients)):
+        longer: dict[int, list[list[int]]] = {}
+        for copies in (fits[:, text].nonzero()[:, 0] + 1).tolist():
+            for total, chosen in ways.items():
+                if total + copies <= found.size:
+                    longer.setdefault(total + copies, []).extend([*each, copies] for each in chosen)
+        ways = {total: chosen[:2] for total, chosen in longer.items()}
+    chosen = ways.get(found.size, [])
+    if len(chosen) != 1:
+        return found
+    labels = whole[torch.tensor(chosen[0]) - 1, torch.arange(len(gradients))]
+    return Counts(found.size, labels, found.chances)

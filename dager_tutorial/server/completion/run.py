@@ -15,6 +15,7 @@ from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.completion.guess import plausible_heads
+from dager_tutorial.server.completion.head import find_head
 from dager_tutorial.server.completion.ledger import Ledger
 from dager_tutorial.server.completion.remainder import explains
 from dager_tutorial.server.completion.simulation import Ids, Simulator
@@ -53,16 +54,39 @@ def completed(
     """
     if not outcome.texts or budget.late or update.kind != "gradient":
         return outcome
+
+    def under(head: Head) -> Outcome | None:
+        simulator = Simulator(model, update, head, evidence.precision)
+        if head.task == "classification":
+            return peeled(evidence, Ledger(simulator, evidence, update.gradients), outcome, search, budget)
+        return with_targets(simulator, update.gradients, outcome, evidence.precision)
+
+    heads = [head] if head is not None else plausible_heads(update, evidence.adapter)
     with evidence.watch.stage("completion"):
-        for each in [head] if head is not None else plausible_heads(update, evidence.adapter):
-            simulator = Simulator(model, update, each, evidence.precision)
-            if each.task == "classification":
-                better = peeled(evidence, Ledger(simulator, evidence, update.gradients), outcome, search, budget)
-            else:
-                better = with_targets(simulator, update.gradients, outcome, evidence.precision)
-            if better is not None:
-                return better
-    return outcome
+        better = next(filter(None, map(under, heads)), None)
+        if better is None and heads[0].task == "classification":
+            better = _with_another_head(model, update, evidence, outcome, under)
+    return better or outcome
+
+
+def _with_another_head(
+    model: LanguageModel,
+    update: Update,
+    evidence: Evidence,
+    outcome: Outcome,
+    under: Callable[[Head], Outcome | None],
+) -> Outcome | None:
+    """Complete with a head that the update itself gives away; labels are left out where classes may be swapped."""
+    found = find_head(model, update, [text.tokens for text in outcome.texts], evidence.precision)
+    completed = None if found.head is None else under(found.head)
+    if completed is None:
+        return None
+    told = completed.diagnosis + "; the head was not the one that was named, and was found in the update"
+    texts = completed.texts
+    if not found.numbered:
+        told += ", its classes known up to a swap: labels are left out"
+        texts = tuple(replace(text, labels=()) for text in texts)
+    return replace(completed, diagnosis=told, texts=texts)
 
 
 def peeled(evidence: Evidence, ledger: Ledger, first: Outcome, search: Search, budget: Budget) -> Outcome | None:
