@@ -79,6 +79,7 @@ class Constants:
     finest_count: float = _constant(1e-5, "error of a count that is tried first", "measured: 1e-7 to 1e-5")
     coarser: float = _constant(6.0, "factor from one error of a count to the next that is tried", "chosen")
     coarsest_count: float = _constant(0.08, "error above which no count is tried", "chosen")
+    chance_counts: float = _constant(0.05, "chance that numbers which mean nothing are taken for counts", "chosen")
     certified: float = _constant(1e-4, "share of an update that a reconstruction may leave unexplained", "measured")
     unseen: float = _constant(
         1e-10, "share of the strongest below which no text moves a direction of features", "numerics"
