@@ -98,7 +98,7 @@ def count_within(
         gradients: float64, measured.
         chances: float64, the probabilities of the classes.
         size: The number of texts in the batch.
-        error: How far a count of one copy may be from whole.
+        error: How far a count may be from whole where every text occurs once.
 
     Returns:
         None where not all counts are whole, or where chance alone would make them so. Of counts that are complete, the
@@ -109,7 +109,8 @@ def count_within(
         return None
     least = fits.int().argmax(0)
     labels = whole[least, torch.arange(len(gradients))]
-    if labels.sum() > size or size * _chance(least, error, gradients.shape[1]) > constants().chance_counts:
+    chance = size * _chance(least, _allowed(gradients, size, error), gradients.shape[1])
+    if labels.sum() > size or chance > constants().chance_counts:
         return None
     divisor = math.gcd(size, *labels.flatten().tolist()) if labels.sum() == size else 1
     return Counts(size // divisor, labels // divisor, chances)
@@ -120,20 +121,18 @@ def _candidates(scaled: Tensor, chances: Tensor, size: int, error: float) -> tup
     copies = torch.arange(1, min(size, constants().most_copies) + 1)[:, None, None]
     wanted = copies * chances - scaled
     whole = wanted.round()
-    fits = ((wanted - whole).abs() <= _allowed(copies, error)).all(2) & (whole >= 0).all(2)
+    fits = ((wanted - whole).abs() <= _allowed(scaled, size, error)).all(2) & (whole >= 0).all(2)
     return whole.long(), fits
 
 
-def _allowed(copies: Tensor, error: float) -> Tensor:
-    """How far a count may be from whole: errors add up, but never so many that any number would be near a whole one."""
-    return (error * copies).clamp(max=constants().coarsest_count)
+def _allowed(scaled: Tensor, size: int, error: float) -> float:
+    """How far a count may be from whole: errors grow with the size, but never so far that any number would be whole."""
+    return min(error * size / len(scaled), constants().coarsest_count)
 
 
-def _chance(least: Tensor, error: float, classes: int) -> float:
+def _chance(least: Tensor, allowed: float, classes: int) -> float:
     """How likely numbers that mean nothing are whole with so many copies of each text (less one), or fewer."""
-    copies = torch.arange(1, constants().most_copies + 1)
-    each = (2 * _allowed(copies, error)).pow(classes - 1).cumsum(0).clamp(max=1.0)
-    return each[least].prod().item()
+    return ((least + 1) * (2 * allowed) ** (classes - 1)).clamp(max=1.0).prod().item()
 
 
 def _filled(gradients: Tensor, found: Counts, error: float) -> Counts:
