@@ -110,6 +110,32 @@ def shares(reduction: Reduction, factors: Factors) -> Shares:
     return Shares(torch.cat([-gradients.sum(1, keepdim=True), gradients], 1), held & (away <= reduction.error))
 
 
+def shares_of_all(
+    gradient: Float[Tensor, "width inner"], factors: Factors, precision: float
+) -> Float[Tensor, "texts classes"] | None:
+    """The gradients in the logits of all texts of a batch, by least squares.
+
+    With no text missing this is finer than `shares`, above all for a text that occurs with several labels: what it adds
+    is so little that its direction is noise, while here its error is absolute, as small as any other's.
+
+    Args:
+        gradient: float64, the map's gradient, outputs x inputs.
+        factors: What the texts add to it, up to the gradients in their logits.
+        precision: Machine epsilon of the type in which the gradient was stored.
+
+    Returns:
+        None where the texts do not add up to the gradient: some are missing.
+    """
+    if len(factors.inputs) > min(gradient.shape):
+        return None
+    outputs = torch.linalg.lstsq(factors.inputs.T, gradient.T).solution
+    if (gradient - outputs.T @ factors.inputs).norm() > precision**0.5 * gradient.norm():
+        return None
+    contrasts = factors.slopes[:, 1:] - factors.slopes[:, :1]
+    found = torch.linalg.lstsq(contrasts.mT, outputs[..., None]).solution[..., 0]
+    return torch.cat([-found.sum(1, keepdim=True), found], 1)
+
+
 def _share(contrasts: Tensor, inside: Tensor, outside: Tensor, paired: Tensor) -> tuple[Tensor, float]:
     """Gradients in all logits but the first of one text, and how far their direction lies outside the map's."""
     size = contrasts.norm()
