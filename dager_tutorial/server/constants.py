@@ -80,7 +80,7 @@ class Constants:
     coarsest_count: float = _constant(0.05, "error of a count that is tried last", "chosen")
     certified: float = _constant(1e-4, "share of an update that a reconstruction may leave unexplained", "measured")
     target_noise: float = _constant(30.0, "a row's gradient may be off by so many expected errors", "measured: 2 to 13")
-    target_rounding: float = _constant(16.0, "and by so much of itself, in units of epsilon", "measured: 3 to 6")
+    target_rounding: float = _constant(32.0, "and by so much of itself, in units of epsilon", "measured: 3 to 17")
     endings_tried: int = _constant(16, "tokens whose slopes are computed for what is left of a row", "cost")
     most_endings: int = _constant(64, "tokens that are added to those known to follow a prefix", "cost")
     # Unmixing and incidence (chapters `07_unmixing` and `08_encoder_recovery`)
