@@ -82,6 +82,7 @@ class Constants:
     target_noise: float = _constant(30.0, "a row's gradient may be off by so many expected errors", "measured: 2 to 13")
     target_rounding: float = _constant(32.0, "and by so much of itself, in units of epsilon", "measured: 3 to 17")
     endings_tried: int = _constant(16, "tokens whose slopes are computed for what is left of a row", "cost")
+    rows_compared_at_once: int = _constant(64, "rows that are compared with the whole vocabulary at once", "cost")
     most_endings: int = _constant(64, "tokens that are added to those known to follow a prefix", "cost")
     # Unmixing and incidence (chapters `07_unmixing` and `08_encoder_recovery`)
     ridge: float = _constant(

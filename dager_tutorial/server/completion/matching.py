@@ -114,7 +114,9 @@ class _Round:
         """Solve for the gradients of the rows that are left."""
         looked = torch.tensor(left)
         found = row_gradients(rows.inputs[looked], gradient)
-        noise, rounding = constants().target_noise * found.errors, constants().target_rounding * precision
+        # transformers computes Llama's norms and the causal loss in float32 whatever the client's dtype is.
+        rounding = constants().target_rounding * max(precision, torch.finfo(torch.float32).eps)
+        noise = constants().target_noise * found.errors
         least, scales = (
             rows.slopes(looked, rows.likely[looked]).norm(dim=1),
             rows.pulled(rows.means)[looked].norm(dim=1),

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from dager_tutorial.models.tap import MLP_OUTPUT, precise
 from dager_tutorial.server.completion.simulation import Ids, Simulator
+from dager_tutorial.server.constants import constants
 
 
 class Place(NamedTuple):
@@ -102,9 +103,9 @@ class OutputRows:
         vectors[rows] = rests
         along = self.pushed(vectors)[rows].to(self.weights)
         means = self.means[rows].to(self.weights)
-        squares = self.weights.square().sum(1)
+        squares, size = self.weights.square().sum(1), constants().rows_compared_at_once
         found = []
-        for push, mean in zip(along.split(_PART), means.split(_PART), strict=True):
+        for push, mean in zip(along.split(size), means.split(size), strict=True):
             products = (push * mean).sum(1, keepdim=True) - push @ self.weights.T
             lengths = squares - 2 * mean @ self.weights.T + mean.square().sum(1, keepdim=True)
             found.append(
@@ -119,10 +120,6 @@ class OutputRows:
     def _embedded(self, tokens: Tensor) -> Tensor:
         """The decoder's weights of tokens, float64."""
         return precise(self.weights[tokens.to(self.weights.device)]).cpu()
-
-
-_PART = 64
-"""Rows that are compared with the whole vocabulary at once: 13 MB for 50 000 tokens."""
 
 
 def output_rows(simulator: Simulator, texts: Sequence[Ids], places: Sequence[Place]) -> OutputRows:
