@@ -83,7 +83,7 @@ class Constants:
     target_rounding: float = _constant(32.0, "and by so much of itself, in units of epsilon", "measured: 3 to 17")
     endings_tried: int = _constant(16, "tokens whose slopes are computed for what is left of a row", "cost")
     rows_compared_at_once: int = _constant(64, "rows that are compared with the whole vocabulary at once", "cost")
-    most_endings: int = _constant(64, "tokens that are added to those known to follow a prefix", "cost")
+    most_endings: int = _constant(32, "tokens that are added to those known to follow a prefix", "cost")
     # Unmixing and incidence (chapters `07_unmixing` and `08_encoder_recovery`)
     ridge: float = _constant(
         1e-3, "ridge of the regression of positions on tokens, share of a token's square", "numerics"
