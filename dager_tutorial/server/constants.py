@@ -83,9 +83,10 @@ class Constants:
     chance_counts: float = _constant(0.05, "chance that numbers which mean nothing are taken for counts", "chosen")
     certified: float = _constant(1e-4, "share of an update that a reconstruction may leave unexplained", "measured")
     target_noise: float = _constant(30.0, "a row's gradient may be off by so many expected errors", "measured: 2 to 13")
-    target_rounding: float = _constant(16.0, "and by so much of itself, in units of epsilon", "measured: 3 to 6")
+    target_rounding: float = _constant(32.0, "and by so much of itself, in units of epsilon", "measured: 3 to 17")
     endings_tried: int = _constant(16, "tokens whose slopes are computed for what is left of a row", "cost")
-    most_endings: int = _constant(64, "tokens that are added to those known to follow a prefix", "cost")
+    rows_compared_at_once: int = _constant(64, "rows that are compared with the whole vocabulary at once", "cost")
+    most_endings: int = _constant(32, "tokens that are added to those known to follow a prefix", "cost")
     unseen: float = _constant(
         1e-10, "share of the strongest below which no text moves a direction of features", "numerics"
     )

@@ -92,10 +92,10 @@ def shares(reduction: Reduction, factors: Factors) -> Shares:
         factors: What the texts add to it, up to the gradients in their logits.
 
     Example:
-        >>> a, y = torch.eye(3, dtype=torch.float64)[:2], torch.eye(4, dtype=torch.float64)[:2]
+        >>> a, y = torch.eye(30, dtype=torch.float64)[:2], torch.eye(40, dtype=torch.float64)[:2]
         >>> slopes = torch.stack([torch.zeros_like(y), y], 1)  # of two classes
         >>> gradient = y.T @ torch.diag(torch.tensor([0.5, -0.25], dtype=torch.float64)) @ a
-        >>> shares(reduction_of(gradient, 2.0**-23), Factors(a, slopes, torch.full((2, 2), 0.5))).gradients[:, 1]
+        >>> shares(reduction_of(gradient, 2.0**-23), Factors(a, slopes, slopes.new_full((2, 2), 0.5))).gradients[:, 1]
         tensor([ 0.5000, -0.2500], dtype=torch.float64)
     """
     contrasts = (factors.slopes[:, 1:] - factors.slopes[:, :1]) / reduction.scales
