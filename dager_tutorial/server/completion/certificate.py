@@ -1,4 +1,4 @@
-"""A second opinion: does a reconstruction, whoever made it, explain the update? (chapter `09_completion`)."""
+"""A second opinion: does a reconstruction, whoever made it, explain the update?."""
 
 from __future__ import annotations
 

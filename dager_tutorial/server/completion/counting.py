@@ -1,4 +1,4 @@
-"""From gradients in logits to labels, counts and the size of the batch: whole numbers (chapter `09_completion`).
+"""From gradients in logits to labels, counts and the size of the batch: whole numbers.
 
 The cross-entropy's gradient in a text's logits is `(p - e_label) / B`. A text that occurs m times, with each label as
 often as `counts` says, has `v = (m p - counts) / B`: both m and the counts follow, once B is known; and B is the least

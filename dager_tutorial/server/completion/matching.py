@@ -1,4 +1,4 @@
-"""Which tokens a row of a token-level loss was asked for, and how often each (chapter `09_completion`).
+"""Which tokens a row of a token-level loss was asked for, and how often each.
 
 The gradient of the last MLP's output map is `M = sum_i a_i^T u_i` over distinct rows. The inputs a_i are known, so
 least squares gives every u_i while there are fewer rows than the map has inputs; and `u_i = sum_t c_i(t) phi_i(t) / N`

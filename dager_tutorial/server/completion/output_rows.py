@@ -1,4 +1,4 @@
-"""The rows of the last block's MLP output map, and what a token's loss sends back to each (chapter `09_completion`).
+"""The rows of the last block's MLP output map, and what a token's loss sends back to each.
 
 Behind that map every row goes its own way to the decoder: a residual, norms, in masked language models a transform.
 So the loss's gradient at the map's output is, row by row, `u_i = sum_t c_i(t) phi_i(t) / N`: `c_i(t)` counts the

@@ -1,4 +1,4 @@
-"""Each text's own share of a sum, whatever the other texts are: rank reduction (chapter `09_completion`).
+"""Each text's own share of a sum, whatever the other texts are: rank reduction.
 
 Where a loss reads one token of each text, the gradient of the last block's attention output map is
 `M = sum_b a_b^T u_b`: one term a text, a_b the known input of the map at that token, u_b the unknown gradient at its
