@@ -82,9 +82,9 @@ def test_bench_scaling_draws_growing_batches_and_shows_stages(zoo, tmp_path, cap
     assert sizes == [[1, 2, 4, 8, 16, 32], [3, 5]]
     told = read(tmp_path / "runs.json")
     assert told["model"] == "tiny" and len(told["runs"]) == 2
-    assert told["growth"] == pytest.approx({"subspace": 2.0, "filter": 0.0, "search": None, "total": 2.0})
+    assert told["growth"] == pytest.approx({"subspace": 2.0, "filter": 0.0, "search": None, "completion": None, "total": 2.0})
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    first = ["2", "28", "1.75", "0.50", "0.00", "3.50", "125.0", "50.0", "texts_complete"]
+    first = ["2", "28", "1.75", "0.50", "0.00", "0.00", "3.50", "125.0", "50.0", "texts_complete"]
     assert rows.count(first) == 2 and rows.count(["rows^", "2.00", "0.00", "2.00"]) == 2
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
