@@ -72,7 +72,7 @@ def test_bench_scaling_draws_growing_batches_and_shows_stages(zoo, tmp_path, cap
     def bench_scaling(model, batches, *, progress):
         sizes.append([len(texts) for texts, labels in batches if len(texts) == len(labels)])
         for rows, seconds in ((28, 3.5), (56, 14.0)):
-            stages = {"subspace": seconds / 2, "filter": 0.5, "search": 0.0, "completion": 0.0}
+            stages = {"subspace": seconds / 2, "filter": 0.5, "search": 0.0}
             yield ScalingRun("tiny", 2, 30, rows, 16, seconds, seconds, stages, 0.5, "texts_complete", 100.0, 1)
 
     monkeypatch.setattr(scaling, "bench_scaling", bench_scaling)
@@ -82,9 +82,9 @@ def test_bench_scaling_draws_growing_batches_and_shows_stages(zoo, tmp_path, cap
     assert sizes == [[1, 2, 4, 8, 16, 32], [3, 5]]
     told = read(tmp_path / "runs.json")
     assert told["model"] == "tiny" and len(told["runs"]) == 2
-    assert told["growth"] == pytest.approx({"subspace": 2.0, "filter": 0.0, "search": None, "completion": None, "total": 2.0})
+    assert told["growth"] == pytest.approx({"subspace": 2.0, "filter": 0.0, "search": None, "total": 2.0})
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    first = ["2", "28", "1.75", "0.50", "0.00", "0.00", "3.50", "125.0", "50.0", "texts_complete"]
+    first = ["2", "28", "1.75", "0.50", "0.00", "3.50", "125.0", "50.0", "texts_complete"]
     assert rows.count(first) == 2 and rows.count(["rows^", "2.00", "0.00", "2.00"]) == 2
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 

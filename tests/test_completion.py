@@ -102,6 +102,33 @@ def test_a_changed_update_is_not_certified(model: LanguageModel) -> None:
             break
 
 
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [
+        ("shaken_gpt2", "classification"),
+        ("tiny_bert", "classification"),
+        ("shaken_gpt2", "next_token"),
+        ("tiny_llama", "next_token"),
+        ("tiny_masked_bert", "masked"),
+    ],
+    indirect=["model"],
+)
+@pytest.mark.parametrize("factor", [0.5, 0.37])
+def test_a_scaled_update_is_not_certified(model: LanguageModel, task: str, factor: float) -> None:
+    config = ClientConfig(task=task)
+    update = client_update(model, TEXTS, config=config)
+    scaled = Update({name: factor * tensor for name, tensor in update.gradients.items()})
+    assert attack(model, scaled, head=head_of(config), config=PROVEN).status != Status.CERTIFIED
+
+
+@every("tiny_llama")
+def test_a_repeated_first_token_is_not_certified(model: LanguageModel) -> None:
+    update = client_update(model, ["dog dog cat"], config=ClientConfig(task="next_token"))
+    found = attack(model, update, config=PROVEN)
+    true = tuple(model.tokenizer("dog dog cat")["input_ids"])
+    assert found.status != Status.CERTIFIED or found.sequences == (true,)
+
+
 @every("shaken_gpt2", "tiny_bert")
 def test_without_completion_nothing_is_claimed(model: LanguageModel) -> None:
     found = attack(model, client_update(model, TEXTS), config=AttackConfig())

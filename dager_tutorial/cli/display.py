@@ -39,7 +39,7 @@ CERTAINTIES = {  # by what a text is confirmed: the colour, and what it means
     "guess": ("red", "nothing: the likeliest answer"),
     "-": ("dim", "not said"),
 }
-STAGES = ("subspace", "filter", "search", "completion")
+STAGES = ("subspace", "filter", "search")
 
 
 def printable(text: str) -> str:

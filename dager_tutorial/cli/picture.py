@@ -53,7 +53,7 @@ def draw_scaling(path: Path, runs: Sequence[ScalingRun], powers: Mapping[str, fl
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes, rows = figure.add_subplot(), [run.rows for run in runs]
-    for stage, marker in zip(powers, "os^vD", strict=True):
+    for stage, marker in zip(powers, "os^D", strict=True):
         times = [run.seconds if stage == "total" else run.stage_seconds[stage] for run in runs]
         power = powers[stage]
         label = stage if power is None else f"{stage}: rows to the {power:.1f}"

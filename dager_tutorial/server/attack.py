@@ -21,7 +21,8 @@ from dager_tutorial.server.verdict import unreadable
 from dager_tutorial.stopwatch import Stopwatch, peak_memory_mb
 from dager_tutorial.update import Update
 
-STAGES = ("subspace", "filter", "search", "completion")
+SEARCH_STAGES = ("subspace", "filter", "search")
+STAGES = (*SEARCH_STAGES, "completion")
 
 
 def attack(

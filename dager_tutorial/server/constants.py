@@ -81,7 +81,7 @@ class Constants:
     coarsest_count: float = _constant(0.08, "error above which no count is tried", "chosen")
     rounded: float = _constant(4.0, "share of an update that 16 bits may leave, in units of their epsilon", "measured")
     chance_counts: float = _constant(0.05, "chance that numbers which mean nothing are taken for counts", "chosen")
-    certified: float = _constant(1e-4, "share of an update that a reconstruction may leave unexplained", "measured")
+    certified: float = _constant(1e-5, "share of an update that a reconstruction may leave unexplained", "measured")
     target_noise: float = _constant(30.0, "a row's gradient may be off by so many expected errors", "measured: 2 to 13")
     target_rounding: float = _constant(32.0, "and by so much of itself, in units of epsilon", "measured: 3 to 17")
     endings_tried: int = _constant(16, "tokens whose slopes are computed for what is left of a row", "cost")

@@ -119,7 +119,8 @@ def peeled(evidence: Evidence, ledger: Ledger, first: Outcome, search: Search, b
     if unexplained is None or not (exact or explains(unexplained, evidence.precision)):
         return None  # in 16 bits a weight proves nothing alone
     texts = _entered(ledger, found)
-    if not explains(unexplained, evidence.precision):
+    # A client that scales its update has the right rest under a size that the counts do not fill: that proves nothing.
+    if not (ledger.complete and explains(unexplained, evidence.precision)):
         texts += [text for text in first.texts if text.tokens not in ledger.texts]
         size, verdict = None, _partial(ledger, unexplained, late=budget.late)
     else:

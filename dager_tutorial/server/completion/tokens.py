@@ -32,7 +32,8 @@ def with_targets(
     """
     read = next_token_targets if simulator.head.task == "next_token" else masked_targets
     counts = read(simulator, received, [text.tokens for text in first.texts], torch.finfo(precision).eps)
-    if counts is None or not counts.texts:
+    # Counts that do not add up, or rows that several sets of texts explain, prove nothing, whatever they leave.
+    if counts is None or not counts.texts or not counts.complete or counts.unclear:
         return None
     rest = widened({name: received[name] for name in simulator.shared})
     simulator.subtract(rest, counts.texts, objective_of(counts))
