@@ -12,7 +12,7 @@ from dager_tutorial.client.step import play
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.tap import ATTENTION_OUTPUT
 from dager_tutorial.server.completion.counting import Counts, count
-from dager_tutorial.server.completion.reduction import reduction_of, shares
+from dager_tutorial.server.completion.reduction import reduction_of, shares, shares_of_all
 from dager_tutorial.server.completion.simulation import Simulator
 
 BATCHES = {  # text and label of each
@@ -26,8 +26,8 @@ BATCHES = {  # text and label of each
 }
 
 
-def counted(model, texts, labels, **options) -> tuple[Counts | None, Tensor]:
-    """What is counted of a batch, and the truth."""
+def counted(model, texts, labels, *, together=False, **options) -> tuple[Counts | None, Tensor]:
+    """What is counted of a batch, text by text or together, and the truth."""
     config = ClientConfig(**options)
     update, truth = play(model, texts, labels, config=config)
     classes, dtype = max(2, max(labels) + 1), getattr(torch, config.dtype)
@@ -39,28 +39,34 @@ def counted(model, texts, labels, **options) -> tuple[Counts | None, Tensor]:
     adapter = simulator.adapter
     tap = adapter.tap(adapter.num_blocks - 1, ATTENTION_OUTPUT)
     gradient = tap.gradient(update.for_backbone(model.network))
-    reduction = reduction_of(gradient, torch.finfo(dtype).eps)
     factors = simulator.factors(distinct, tap)
+    if together:
+        all_of_them = shares_of_all(gradient, factors, torch.finfo(dtype).eps)
+        return count(all_of_them, factors.chances, least=len(distinct)), wanted
+    reduction = reduction_of(gradient, torch.finfo(dtype).eps)
     return count(shares(reduction, factors).gradients, factors.chances, least=reduction.least), wanted
 
 
 @every("tiny_gpt2", "shaken_gpt2", "tiny_llama", "tiny_bert", "shaken_bert")
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("head_std", [1e-3, 0.05])
-def test_labels_and_copies_of_every_kind_of_batch(model, batch, head_std, random_texts):
+@pytest.mark.parametrize("together", [False, True])
+def test_labels_and_copies_of_every_kind_of_batch(model, batch, head_std, together, random_texts):
     places, labels = BATCHES[batch]
     texts = random_texts(5, 11, longest=8)
-    found, wanted = counted(model, [texts[place] for place in places], labels, head_std=head_std)
+    found, wanted = counted(model, [texts[place] for place in places], labels, together=together, head_std=head_std)
     assert found is not None and found.complete and found.size == len(places)
     assert found.labels.tolist() == wanted.tolist()
 
 
 @every("tiny_gpt2", "tiny_bert", "tiny_llama")
 @pytest.mark.parametrize("batch", BATCHES)
-def test_in_bfloat16_counts_are_right_or_not_complete(model, batch, random_texts):
+@pytest.mark.parametrize("together", [False, True])
+def test_in_bfloat16_counts_are_right_or_not_complete(model, batch, together, random_texts):
     places, labels = BATCHES[batch]
     texts = random_texts(5, 11, longest=8)
-    found, wanted = counted(model, [texts[place] for place in places], labels, dtype="bfloat16", head_std=0.05)
+    options = {"together": together, "dtype": "bfloat16", "head_std": 0.05}
+    found, wanted = counted(model, [texts[place] for place in places], labels, **options)
     assert found is None or not found.complete or found.labels.tolist() == wanted.tolist()
 
 

@@ -16,14 +16,11 @@ from dager_tutorial.client.step import client_update
 from dager_tutorial.models import tap
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.attack import attack
-from dager_tutorial.server.budget import AttackConfig
 from dager_tutorial.server.inspection import inspect_update
 from dager_tutorial.update import Update
 
 TEXTS = ["the dog is good", "a cat and the animal", "the boy had no idea"]
 MODELS = every("tiny_gpt2", "tiny_llama", "mistral", "tiny_bert", "tiny_distilbert", "tiny_roberta")
-
-SEARCH = AttackConfig(complete=False)
 
 
 @pytest.fixture(params=[True, False], ids=["cuda", "without float64"])
@@ -52,10 +49,9 @@ def test_the_attack_runs_where_the_model_lies(model: LanguageModel, there: FarDe
     update = client_update(model, TEXTS)
     with there:
         far = there.move(model)
-        # The stand-in has no autograd, so that the client's step cannot be repeated on it.
-        found, ranks = attack(far, update, config=SEARCH), inspect_update(far, update).rows
+        found, ranks = attack(far, update), inspect_update(far, update).rows
     assert there.operations > 500
-    expected = attack(model, update, config=SEARCH)
+    expected = attack(model, update)
     assert found.sequences == expected.sequences and len(ranks) > 3
     assert found.status == expected.status
 

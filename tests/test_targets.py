@@ -154,3 +154,25 @@ def test_low_precision_is_honest(tiny_llama: LanguageModel, dtype: str) -> None:
     found = next_token_targets(simulator, update.gradients, leaves, torch.finfo(getattr(torch, dtype)).eps)
     exact = found and dict(zip(found.texts, found.copies, strict=True)) == whole_texts(tiny_llama, TEXTS[:5])
     assert found is None or exact or found.unclear
+
+
+def test_double_precision_is_exact(tiny_llama: LanguageModel) -> None:
+    """Though Llama's norms and the loss have the digits of float32 all the same."""
+    update, simulator = step(tiny_llama, TEXTS[:5], task="next_token", dtype="float64")
+    leaves = sorted(truth(tiny_llama, TEXTS[:5], "next_token"))
+    found = next_token_targets(simulator, update.gradients, leaves, 2.0**-52)
+    assert found is not None and not found.unclear
+    assert dict(zip(found.texts, found.copies, strict=True)) == whole_texts(tiny_llama, TEXTS[:5])
+    assert residual(simulator, update, found) < 1e-6
+
+
+@every("shaken_gpt2", "tiny_llama")
+def test_a_missing_text_is_noticed(model: LanguageModel, random_texts: Callable[..., list[str]]) -> None:
+    """Rows that are not there make noise of all others: no counts, or counts that do not add up."""
+    texts = random_texts(8, 4)
+    update, simulator = step(model, texts, task="next_token")
+    leaves = sorted(truth(model, texts, "next_token"))
+    for missing in range(len(leaves)):
+        some = leaves[:missing] + leaves[missing + 1 :]
+        found = next_token_targets(simulator, update.gradients, some, EPSILON)
+        assert found is None or not found.complete

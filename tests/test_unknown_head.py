@@ -17,7 +17,7 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import MLP_OUTPUT
 from dager_tutorial.server.completion.classifier import class_map_of, views_of
 from dager_tutorial.server.completion.head import find_head
-from dager_tutorial.server.completion.simulation import Simulator
+from dager_tutorial.server.completion.simulation import Simulator, of_logits
 from dager_tutorial.update import Update
 
 
@@ -121,3 +121,23 @@ def test_slopes_are_derivatives(model, random_texts):
     rows = mapped.module.weight.detach()
     torch.testing.assert_close(rows @ views.slopes, factors.slopes.float(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(views.inputs, factors.inputs)
+
+
+@every("shaken_gpt2", "shaken_bert")
+@pytest.mark.parametrize("shared", [True, False])
+def test_offsets_of_a_trained_head_are_found_too(model, shared, random_texts):
+    """A bias of the head, or of a last norm whose own gradient was not shared."""
+    case = played(model, random_texts(6, 8), [0, 1, 1, 0, 1, 1], head_std=0.3)
+    simulator = Simulator(model, case.update, Head(seed=5, std=0.3), torch.float32)
+    if case.names[1]:
+        simulator.network.get_parameter(case.names[1]).data = torch.tensor([0.2, -0.2])
+    logits, _ = simulator.logits(case.texts)
+    chances = logits.detach().double().softmax(1)
+    labels = torch.eye(2, dtype=torch.float64)[[0, 1, 1, 0, 1, 1]]
+    gradients = {name: torch.zeros(each.shape) for name, each in simulator.shared.items()}
+    simulator.subtract(gradients, case.texts, of_logits((labels - chances) / 6))
+    kept = {name: each for name, each in gradients.items() if "ln_f" not in name and (shared or name not in case.names)}
+    found = find_head(model, Update(kept), case.texts, torch.float32)
+    assert found.head is not None, found.reason
+    assert found.unexplained < 2e-5
+    assert found.counts.labels.argmax(1).tolist() in ([0, 1, 1, 0, 1, 1], [1, 0, 0, 1, 0, 0][: 6 * (not shared)])

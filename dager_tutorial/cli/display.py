@@ -210,10 +210,8 @@ def beside_table(pairs: Sequence[Pair]) -> Table:
 def scores_table(score: Mapping[str, float | int]) -> Table:
     """The scores in one row: fractions as percentages."""
     names = {"exact": "exact", "token_accuracy": "token accuracy", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2"}
-    names |= {"labelled": "labels"} if score["labelled"] else {}
-    names |= {"rougeL": "ROUGE-L"}
-    table = headed(*names.values(), "texts", "tokens")
-    fractions = [f"{100 * score[name]:.1f} %" for name in names]
+    table = headed(*names.values(), "ROUGE-L", "texts", "tokens")
+    fractions = [f"{100 * score[name]:.1f} %" for name in (*names, "rougeL")]
     table.add_row(*fractions, str(score["batch_size"]), str(score["n_tokens"]))
     return table
 

@@ -226,13 +226,11 @@ class ClientOptions:
 class HeadOptions:
     """The head that the server handed out; it is the server's to know."""
 
-    task: Annotated[
+    trained: Annotated[
         Literal["classification", "next_token", "masked"] | None,
-        Option("--task", help="What was trained; read off the update by default."),
+        Option("--trained", help="The client's task; read off the update by default."),
     ] = None
-    classes: Annotated[
-        int, Option("--classes", min=2, help="Classes of the head, where its gradient was not sent.")
-    ] = 2
+    classes: Annotated[int, Option("--classes", min=2, help="Classes, where the head's gradient was not sent.")] = 2
     head: Annotated[
         Path | None,
         Option("--head", help="A safetensors file of the head's weights by name; drawn from --seed by default."),
@@ -250,10 +248,10 @@ class HeadOptions:
         from dager_tutorial.models.heads import Head
         from dager_tutorial.update import Update
 
-        if self.task is None and self.head is None and not seed and self.classes == 2:
+        if self.trained is None and self.head is None and not seed and self.classes == 2:
             return None
         weights = Update.load(self.head).gradients if self.head is not None else {}
-        return Head(self.task or "classification", self.classes, seed, weights=weights)
+        return Head(self.trained or "classification", self.classes, seed, weights=weights)
 
 
 @dataclass(frozen=True)

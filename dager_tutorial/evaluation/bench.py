@@ -22,7 +22,7 @@ from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.attack import attack
-from dager_tutorial.server.budget import AttackConfig, Progress
+from dager_tutorial.server.budget import Progress
 from dager_tutorial.textbook.decoder import textbook_attack
 
 
@@ -101,8 +101,7 @@ def bench_decoder(
     warm_up(model.device)
     client = timed(lambda: play(model, texts, labels))
     update, truth = client.result
-    alone = AttackConfig(complete=False)  # the textbook's search proves nothing either
-    fast = timed(lambda: attack(model, update, config=alone, progress=labelled(progress, "attack")))
+    fast = timed(lambda: attack(model, update, progress=labelled(progress, "attack")))
     slow = timed(lambda: textbook_attack(model, update, progress=labelled(progress, "textbook"))) if textbook else None
     return DecoderBenchmark(
         model=model.name,

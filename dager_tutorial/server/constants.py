@@ -73,18 +73,20 @@ class Constants:
     carried: int = _constant(16, "extensions carried through the MLP for each prefix that was kept", "cost")
     usual_sample: int = _constant(512, "extensions that tell which leverages are usual at a position", "statistics")
     widest: int = _constant(128, "prefixes of one length that a search by leverage keeps at most", "cost")
-    # Completion (chapter `09_completion`)
+    # Completion
     tokens_trained_at_once: int = _constant(1024, "tokens for which the client's step is repeated at once", "cost")
     most_copies: int = _constant(8, "copies of one text, and texts for each distinct one, that are tried", "cost")
     finest_count: float = _constant(1e-5, "error of a count that is tried first", "measured: 1e-7 to 1e-5")
     coarser: float = _constant(6.0, "factor from one error of a count to the next that is tried", "chosen")
     coarsest_count: float = _constant(0.08, "error above which no count is tried", "chosen")
     rounded: float = _constant(4.0, "share of an update that 16 bits may leave, in units of their epsilon", "measured")
+    chance_counts: float = _constant(0.05, "chance that numbers which mean nothing are taken for counts", "chosen")
     certified: float = _constant(1e-4, "share of an update that a reconstruction may leave unexplained", "measured")
     target_noise: float = _constant(30.0, "a row's gradient may be off by so many expected errors", "measured: 2 to 13")
-    target_rounding: float = _constant(16.0, "and by so much of itself, in units of epsilon", "measured: 3 to 6")
+    target_rounding: float = _constant(32.0, "and by so much of itself, in units of epsilon", "measured: 3 to 17")
     endings_tried: int = _constant(16, "tokens whose slopes are computed for what is left of a row", "cost")
-    most_endings: int = _constant(64, "tokens that are added to those known to follow a prefix", "cost")
+    rows_compared_at_once: int = _constant(64, "rows that are compared with the whole vocabulary at once", "cost")
+    most_endings: int = _constant(32, "tokens that are added to those known to follow a prefix", "cost")
     unseen: float = _constant(
         1e-10, "share of the strongest below which no text moves a direction of features", "numerics"
     )

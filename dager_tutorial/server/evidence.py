@@ -123,7 +123,7 @@ class Evidence:
         return self._usual[tap]
 
     def less(self, gradients: Mapping[str, Tensor]) -> Evidence:
-        """The evidence of the same update after known texts were taken off it (chapter `09_completion`).
+        """The evidence of the same update after known texts were taken off it.
 
         Args:
             gradients: What is left, by backbone parameter name.

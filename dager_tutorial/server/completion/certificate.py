@@ -1,4 +1,4 @@
-"""A second opinion: does a reconstruction, whoever made it, explain the update? (chapter `09_completion`)."""
+"""A second opinion: does a reconstruction, whoever made it, explain the update?."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def unexplained_share(
     Raises:
         DagerError: There is not one entry to each text, or no text at all.
     """
-    said = [1] * len(texts) if labels is None and copies is None else (labels if labels is not None else copies)
-    if not texts or said is None or len(said) != len(texts):
-        raise DagerError(f"there are {len(texts)} texts and {len(said or ())} labels or copies: give one entry a text")
+    copies = copies if copies is not None else [1] * len(texts)
+    said = len(copies) if labels is None else len(labels)
+    if not texts or said != len(texts):
+        raise DagerError(f"there are {len(texts)} texts and {said} labels or copies: give one entry a text")
     head = head or (Head("next_token") if labels is None else Head(classes=max(2, max(map(max, labels)) + 1)))
     simulator = Simulator(model, update, head, dtype)
     received = {name: update.gradients[name] for name in simulator.shared}
@@ -54,8 +55,8 @@ def unexplained_share(
     if labels is not None:
         simulator.subtract(rest, texts, of_logits(_gradients(simulator, texts, labels)))
     else:
-        predicted = sum((len(text) - 1) * int(n) for text, n in zip(texts, said, strict=True))
-        simulator.subtract(rest, texts, objective_of(TargetCounts(tuple(texts), tuple(said), (), predicted, 0)))
+        predicted = sum((len(text) - 1) * n for text, n in zip(texts, copies, strict=True))
+        simulator.subtract(rest, texts, objective_of(TargetCounts(tuple(texts), tuple(copies), (), predicted, 0)))
     return norm(rest) / norm(received)
 
 

@@ -1,4 +1,4 @@
-"""From gradients in logits to labels, counts and the size of the batch: whole numbers (chapter `09_completion`).
+"""From gradients in logits to labels, counts and the size of the batch: whole numbers.
 
 The cross-entropy's gradient in a text's logits is `(p - e_label) / B`. A text that occurs m times, with each label as
 often as `counts` says, has `v = (m p - counts) / B`: both m and the counts follow, once B is known; and B is the least
@@ -98,31 +98,41 @@ def count_within(
         gradients: float64, measured.
         chances: float64, the probabilities of the classes.
         size: The number of texts in the batch.
-        error: How far a count of one copy may be from whole.
+        error: How far a count may be from whole where every text occurs once.
 
     Returns:
-        None where not all counts are whole. Of counts that are complete, the least that have the same shares: where
-        more texts were expected than there are, noise was taken for texts.
+        None where not all counts are whole, or where chance alone would make them so. Of counts that are complete, the
+        least that have the same shares: where more texts were expected than there are, noise was taken for texts.
     """
-    whole, fits, _ = _candidates(size * gradients, chances, size, error)
+    whole, fits = _candidates(size * gradients, chances, size, error)
     if not fits.any(0).all():
         return None
-    labels = whole[fits.int().argmax(0), torch.arange(len(gradients))]
-    if labels.sum() > size:
+    least = fits.int().argmax(0)
+    labels = whole[least, torch.arange(len(gradients))]
+    chance = size * _chance(least, _allowed(gradients, size, error), gradients.shape[1])
+    if labels.sum() > size or chance > constants().chance_counts:
         return None
     divisor = math.gcd(size, *labels.flatten().tolist()) if labels.sum() == size else 1
     return Counts(size // divisor, labels // divisor, chances)
 
 
-def _candidates(scaled: Tensor, chances: Tensor, size: int, error: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Whole counts for each number of copies (copies x texts x classes), whether they fit, and how far they are off."""
+def _candidates(scaled: Tensor, chances: Tensor, size: int, error: float) -> tuple[Tensor, Tensor]:
+    """Whole counts for each number of copies (copies x texts x classes), and whether they fit."""
     copies = torch.arange(1, min(size, constants().most_copies) + 1)[:, None, None]
     wanted = copies * chances - scaled
     whole = wanted.round()
-    off = (wanted - whole).abs().amax(2)
-    # Many copies may add up errors, but never so many that any number would be near a whole one.
-    allowed = (error * copies[..., 0]).clamp(max=constants().coarsest_count)
-    return whole.long(), (off <= allowed) & (whole >= 0).all(2), off
+    fits = ((wanted - whole).abs() <= _allowed(scaled, size, error)).all(2) & (whole >= 0).all(2)
+    return whole.long(), fits
+
+
+def _allowed(scaled: Tensor, size: int, error: float) -> float:
+    """How far a count may be from whole: errors grow with the size, but never so far that any number would be whole."""
+    return min(error * size / len(scaled), constants().coarsest_count)
+
+
+def _chance(least: Tensor, allowed: float, classes: int) -> float:
+    """How likely numbers that mean nothing are whole with so many copies of each text (less one), or fewer."""
+    return ((least + 1) * (2 * allowed) ** (classes - 1)).clamp(max=1.0).prod().item()
 
 
 def _filled(gradients: Tensor, found: Counts, error: float) -> Counts:
@@ -131,7 +141,7 @@ def _filled(gradients: Tensor, found: Counts, error: float) -> Counts:
     One of each class more is invisible where all classes are equally likely. If there is just one way to choose counts
     that fit and add up, it is taken; else nobody can tell, and the counts stay incomplete.
     """
-    whole, fits, _ = _candidates(found.size * gradients, found.chances, found.size, error)
+    whole, fits = _candidates(found.size * gradients, found.chances, found.size, error)
     ways: dict[int, list[list[int]]] = {0: [[]]}  # copies so far: choices that lead there, two at most
     for text in range(len(gradients)):
         longer: dict[int, list[list[int]]] = {}

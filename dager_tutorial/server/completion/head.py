@@ -1,4 +1,4 @@
-"""A head that the server was not told, found from the update and the texts (chapter `09_completion`).
+"""A head that the server was not told, found from the update and the texts.
 
 Where the gradient of the map to the classes was shared it is `sum_b v_b h_b^T`: the features h_b are known, so that
 the gradients v_b in the logits follow by least squares, for any number of classes. Where it was not, two classes can

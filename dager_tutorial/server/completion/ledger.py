@@ -1,4 +1,4 @@
-"""The account of an update: the texts that are entered, what they add up to, what remains (chapter `09_completion`)."""
+"""The account of an update: the texts that are entered, what they add up to, what remains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP_OUTPUT, Tap
 from dager_tutorial.server.completion.counting import Counts, count
-from dager_tutorial.server.completion.reduction import Reduction, reduction_of, shares
+from dager_tutorial.server.completion.reduction import Reduction, reduction_of, shares, shares_of_all
 from dager_tutorial.server.completion.remainder import norm, widened
 from dager_tutorial.server.completion.simulation import Factors, Ids, Simulator, of_logits
 from dager_tutorial.server.evidence import Evidence
@@ -28,9 +28,10 @@ class Ledger:
         self.simulator = simulator
         self.received = {name: received[name] for name in simulator.shared}
         self.tap = _read_tap(evidence)
+        self.eps = torch.finfo(evidence.precision).eps
         gradient = self.tap.gradient(evidence.gradients)
-        eps = torch.finfo(evidence.precision).eps
-        self.reduction = None if gradient is None else reduction_of(gradient, eps)
+        self.gradient = torch.zeros(0, 0, dtype=torch.float64) if gradient is None else gradient.cpu()
+        self.reduction = reduction_of(self.gradient, self.eps) if self.gradient.numel() else None
         self.texts: tuple[Ids, ...] = ()
         self.counts: Counts | None = None
         self._before: tuple[tuple[Ids, ...], Counts | None] = (), None
@@ -69,11 +70,10 @@ class Ledger:
         fresh = [text for text in dict.fromkeys(texts) if text not in self.texts]
         if self.reduction is None or not fresh:
             return False
-        together = self._kept((*self.texts, *fresh), self.reduction)
+        together, gradients = self._weighed((*self.texts, *fresh), self.reduction)
         if not set(together) - set(self.texts):
             return False
-        found = shares(self.reduction, self._all(together))
-        counts = count(found.gradients, self._all(together).chances, least=max(self.reduction.least, len(together)))
+        counts = count(gradients, self._all(together).chances, least=max(self.reduction.least, len(together)))
         if counts is None:
             return False
         self._before = self.texts, self.counts
@@ -84,11 +84,18 @@ class Ledger:
         """Strike out what was entered last."""
         self.texts, self.counts = self._before
 
-    def _kept(self, texts: tuple[Ids, ...], reduction: Reduction) -> tuple[Ids, ...]:
-        """Those of the texts that lie in the map's gradient."""
+    def _weighed(self, texts: tuple[Ids, ...], reduction: Reduction) -> tuple[tuple[Ids, ...], Tensor]:
+        """Those of the texts that are in the batch, and the gradients in their logits."""
         self._ask([text for text in texts if text not in self._factors])
-        inside = shares(reduction, self._all(texts)).inside.tolist()
-        return tuple(text for text, held in zip(texts, inside, strict=True) if held)
+        factors = self._all(texts)
+        together = shares_of_all(self.gradient, factors, self.eps)
+        if together is not None:  # none is missing; what adds nothing is not there
+            sizes = together.norm(dim=1)
+            inside, found = sizes > self.eps**0.5 / 10 * sizes.max(), together
+        else:
+            alone = shares(reduction, factors)
+            inside, found = alone.inside, alone.gradients
+        return tuple(text for text, held in zip(texts, inside.tolist(), strict=True) if held), found[inside]
 
     def _ask(self, texts: list[Ids]) -> None:
         """Compute the factors of texts that were not asked for before."""

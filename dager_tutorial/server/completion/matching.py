@@ -1,4 +1,4 @@
-"""Which tokens a row of a token-level loss was asked for, and how often each (chapter `09_completion`).
+"""Which tokens a row of a token-level loss was asked for, and how often each.
 
 The gradient of the last MLP's output map is `M = sum_i a_i^T u_i` over distinct rows. The inputs a_i are known, so
 least squares gives every u_i while there are fewer rows than the map has inputs; and `u_i = sum_t c_i(t) phi_i(t) / N`
@@ -95,14 +95,18 @@ class _Round:
         rows: All rows.
         looked: int64, those that are looked at.
         goals: float64, their gradients.
-        tolerances: float64, what may be left of each.
+        noise: float64, what solving may leave of each.
+        scales: float64, what rounding leaves of one target in units of epsilon: probabilities near one cancel.
+        rounding: How many units of epsilon are left.
         least: float64, the slope of each row's likeliest token: of all targets it leaves the least.
     """
 
     rows: OutputRows
     looked: Tensor
     goals: Float[Tensor, "looked width"]
-    tolerances: Float[Tensor, " looked"]
+    noise: Float[Tensor, " looked"]
+    scales: Float[Tensor, " looked"]
+    rounding: float
     least: Float[Tensor, " looked"]
 
     @classmethod
@@ -110,9 +114,19 @@ class _Round:
         """Solve for the gradients of the rows that are left."""
         looked = torch.tensor(left)
         found = row_gradients(rows.inputs[looked], gradient)
-        rounding = constants().target_rounding * precision * found.values.norm(dim=1)
-        tolerances = constants().target_noise * found.errors + rounding
-        return cls(rows, looked, found.values, tolerances, rows.slopes(looked, rows.likely[looked]).norm(dim=1))
+        # transformers computes Llama's norms and the causal loss in float32 whatever the client's dtype is.
+        rounding = constants().target_rounding * max(precision, torch.finfo(torch.float32).eps)
+        noise = constants().target_noise * found.errors
+        least, scales = (
+            rows.slopes(looked, rows.likely[looked]).norm(dim=1),
+            rows.pulled(rows.means)[looked].norm(dim=1),
+        )
+        return cls(rows, looked, found.values, noise, scales, rounding, least)
+
+    def tolerance(self, index: int, fit: Fit) -> float:
+        """What a true fit to a row may leave."""
+        size = self.goals[index].norm() + fit.shares.sum().abs() * self.scales[index]
+        return float(self.noise[index] + self.rounding * size)
 
     def fits(self, known: Sequence[Sequence[int]]) -> list[Fit]:
         """Fit the tokens that are known, then add others while something is left and a token explains some of it."""
@@ -133,7 +147,7 @@ class _Round:
 
     def _growing(self, among: Iterable[int], fits: Sequence[Fit]) -> list[int]:
         """Those of some rows that leave more than they may."""
-        return [index for index in among if fits[index].rest.norm() > self.tolerances[index]]
+        return [index for index in among if fits[index].rest.norm() > self.tolerance(index, fits[index])]
 
     def _extended(self, tokens: list[tuple[int, ...]], among: Sequence[int] | None = None) -> list[Fit]:
         """Fits of given tokens to some of the rows, to all where none are named."""
@@ -154,20 +168,27 @@ class _Round:
     def certain_shares(self, fits: Sequence[Fit]) -> Tensor:
         """The shares of tokens in rows that are explained, far from zero."""
         certain = [torch.zeros(0, dtype=torch.float64)]
-        for fit, tolerance in zip(fits, self.tolerances, strict=True):
+        for index, fit in enumerate(fits):
+            tolerance = self.tolerance(index, fit)
             if fit.rest.norm() <= tolerance:
                 certain.append(fit.shares[fit.shares * fit.slopes.norm(dim=1) > 10 * tolerance])
         return torch.cat(certain)
 
     def whole(self, index: int, fit: Fit, predicted: int) -> _Whole:
-        """Round the shares of a row: clear where the whole numbers fit and a target more or less would not."""
+        """Round the shares of a row: clear where the whole numbers fit and a target more or less would not.
+
+        Where they do not fit, the first token is the best guess.
+        """
         counts = (fit.shares * predicted).round().clamp(min=0)
         gradient = counts @ fit.slopes / predicted
-        fits = (self.goals[index] - gradient).norm() <= self.tolerances[index]
+        tolerance = self.tolerance(index, fit)
+        fits = float((self.goals[index] - gradient).norm()) <= tolerance
         weakest = min([float(self.least[index]), *fit.slopes.norm(dim=1).tolist()])
-        seen = weakest / predicted > 2 * self.tolerances[index]
+        seen = weakest / predicted > 2 * tolerance
         some = {token: int(count) for token, count in zip(fit.tokens, counts.tolist(), strict=True) if count}
-        return _Whole(some, bool(fits & seen), gradient)
+        if not fits:
+            some = dict.fromkeys(fit.tokens[:1], 1)
+        return _Whole(some, fits and seen, gradient)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The rows of the last block's MLP output map, and what a token's loss sends back to each (chapter `09_completion`).
+"""The rows of the last block's MLP output map, and what a token's loss sends back to each.
 
 Behind that map every row goes its own way to the decoder: a residual, norms, in masked language models a transform.
 So the loss's gradient at the map's output is, row by row, `u_i = sum_t c_i(t) phi_i(t) / N`: `c_i(t)` counts the
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from dager_tutorial.models.tap import MLP_OUTPUT, precise
 from dager_tutorial.server.completion.simulation import Ids, Simulator
+from dager_tutorial.server.constants import constants
 
 
 class Place(NamedTuple):
@@ -102,12 +103,14 @@ class OutputRows:
         vectors[rows] = rests
         along = self.pushed(vectors)[rows].to(self.weights)
         means = self.means[rows].to(self.weights)
-        squares = self.weights.square().sum(1)
+        squares, size = self.weights.square().sum(1), constants().rows_compared_at_once
         found = []
-        for push, mean in zip(along.split(_PART), means.split(_PART), strict=True):
+        for push, mean in zip(along.split(size), means.split(size), strict=True):
             products = (push * mean).sum(1, keepdim=True) - push @ self.weights.T
             lengths = squares - 2 * mean @ self.weights.T + mean.square().sum(1, keepdim=True)
-            found.append((products.float() / lengths.float().clamp(min=1e-12).sqrt()).topk(count).indices)
+            found.append(
+                (at_least_float32(products) / at_least_float32(lengths).clamp(min=1e-12).sqrt()).topk(count).indices
+            )
         return torch.cat(found).cpu()
 
     def _rows(self, parts: Sequence[Tensor]) -> Tensor:
@@ -117,10 +120,6 @@ class OutputRows:
     def _embedded(self, tokens: Tensor) -> Tensor:
         """The decoder's weights of tokens, float64."""
         return precise(self.weights[tokens.to(self.weights.device)]).cpu()
-
-
-_PART = 64
-"""Rows that are compared with the whole vocabulary at once: 13 MB for 50 000 tokens."""
 
 
 def output_rows(simulator: Simulator, texts: Sequence[Ids], places: Sequence[Place]) -> OutputRows:
@@ -192,10 +191,19 @@ def _captured(simulator: Simulator, texts: list[Ids], inside: Tensor) -> _Part:
     finally:
         for handle in handles:
             handle.remove()
-    chances = logits.detach()[where].float().softmax(-1)
-    means = precise(chances @ decoder.weight.detach().float()).cpu()
+    chances = at_least_float32(logits.detach()[where]).softmax(-1)
+    means = precise(chances @ decoder.weight.detach().to(chances)).cpu()
     inputs = precise(seen["inputs"].detach()[where]).cpu()
     return _Part(inputs, means, chances.argmax(-1).cpu(), hidden, seen["leaf"], where)
+
+
+def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The tensor in float32, where it has fewer digits, as transformers computes losses.
+
+    Args:
+        tensor: Of any floating type.
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _turns(rows: Tensor) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Prefixes that the network saw, and the texts that end behind them, from counts of targets (chapter `09_completion`).
+"""Prefixes that the network saw, and the texts that end behind them, from counts of targets.
 
 A prefix counts the texts that go on from it, token by token. Those that its children count themselves go on further;
 the others end with that token.

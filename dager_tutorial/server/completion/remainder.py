@@ -1,4 +1,4 @@
-"""What remains of an update, and when so little does that all is explained (chapter `09_completion`)."""
+"""What remains of an update, and when so little does that all is explained."""
 
 from __future__ import annotations
 

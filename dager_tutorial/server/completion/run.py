@@ -1,7 +1,4 @@
-"""Completion: the texts of a search weighed, taken off the update, the rest searched again, all of it proven.
-
-Chapter `09_completion`.
-"""
+"""Completion: the texts of a search weighed, taken off the update, the rest searched again, all of it proven."""
 
 from __future__ import annotations
 

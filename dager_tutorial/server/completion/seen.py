@@ -1,4 +1,4 @@
-"""What a gradient shows of a map to the classes, and what it cannot show (chapter `09_completion`).
+"""What a gradient shows of a map to the classes, and what it cannot show.
 
 The numbers of the map reach the gradient through the slopes of its features alone. A layer norm has one direction that
 never moves, whatever the text: along it the map is invisible, and all that it adds to a logit is one offset a class.

@@ -1,4 +1,4 @@
-"""What whole numbers say of a head: the scale of its map, and one offset a class (chapter `09_completion`).
+"""What whole numbers say of a head: the scale of its map, and one offset a class.
 
 The gradient fixes `v_b`, the loss's gradient in the logits of text b, or `s v_b` with one unknown s, and the logits up
 to an offset. But `size * v_b = copies * chances - counts`, and only the right numbers make all counts whole.

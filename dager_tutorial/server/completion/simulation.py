@@ -1,4 +1,4 @@
-"""The client's step, made again by the server from texts that it knows (chapter `09_completion`).
+"""The client's step, made again by the server from texts that it knows.
 
 A batch's gradient is a sum over its texts, and the server has everything that a term of it needs: the weights, the head
 that it handed out, and the text.

@@ -2,7 +2,7 @@
 
 Under the next-token loss every prefix counts the tokens that follow it. What its children in the tree of prefixes do
 not use up are ends: whole texts, last token included, with their copies. Under the masked loss every position counts
-the tokens that it was asked for. Chapter `09_completion`.
+the tokens that it was asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from dager_tutorial.models.tap import MLP_OUTPUT
 from dager_tutorial.server.completion.matching import RowTargets, row_targets
-from dager_tutorial.server.completion.output_rows import Place, output_rows
+from dager_tutorial.server.completion.output_rows import Place, at_least_float32, output_rows
 from dager_tutorial.server.completion.prefix_tree import PrefixTree
 from dager_tutorial.server.completion.simulation import Ids, Objective, Simulator
 
@@ -151,7 +151,7 @@ def objective_of(counts: TargetCounts) -> Objective:
         """The share of some texts."""
         wanted = [(at, *target, count) for at, text in enumerate(part) for target, count in asked[text].items()]
         rows, positions, tokens, copies = torch.tensor(wanted, device=logits.device).reshape(-1, 4).T
-        losses = cross_entropy(logits[rows, positions].float(), tokens, reduction="none")
+        losses = cross_entropy(at_least_float32(logits[rows, positions]), tokens, reduction="none")
         return (losses * copies).sum() / counts.predicted
 
     return objective

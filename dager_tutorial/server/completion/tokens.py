@@ -1,4 +1,4 @@
-"""Completion under losses that read every token: whole texts, what masks hid, and the proof (chapter `09_completion`)."""
+"""Completion under losses that read every token: whole texts, what masks hid, the proof."""
 
 from __future__ import annotations
 
