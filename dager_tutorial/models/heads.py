@@ -1,6 +1,6 @@
 """The head that turns a backbone into what a client trains: the server hands it out, so both sides know it.
 
-Chapter `01_gradients_leak`.
+Chapters `01_gradients_leak` and `09_completion`.
 
 Only the head is made anew; the backbone inside is the very module that the server knows, so no weights are copied.
 """

@@ -1,4 +1,7 @@
-"""What it takes to compute gradients of a network that both sides hold frozen (chapter `01_gradients_leak`)."""
+"""What it takes to compute gradients of a network that both sides hold frozen.
+
+Chapters `01_gradients_leak` and `09_completion`.
+"""
 
 from __future__ import annotations
 

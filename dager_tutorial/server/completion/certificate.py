@@ -1,4 +1,4 @@
-"""A second opinion: does a reconstruction, whoever made it, explain the update?."""
+"""A second opinion: does a reconstruction, whoever made it, explain the update? (chapter `09_completion`)."""
 
 from __future__ import annotations
 

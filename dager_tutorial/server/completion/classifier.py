@@ -1,6 +1,8 @@
 """What enters the map to the classes, and how it moves with the last block.
 
 Where a head is one linear map, nothing of this depends on the head's numbers: the server has it before it knows them.
+
+Chapter `09_completion`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 The cross-entropy's gradient in a text's logits is `(p - e_label) / B`. A text that occurs m times, with each label as
 often as `counts` says, has `v = (m p - counts) / B`: both m and the counts follow, once B is known; and B is the least
 number that makes all of them whole.
+
+Chapter `09_completion`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What was trained, where nobody says: the task shows in what else the update holds."""
+"""What was trained, where nobody says: the task shows in what else the update holds (chapter `09_completion`)."""
 
 from __future__ import annotations
 

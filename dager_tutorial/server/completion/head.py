@@ -7,6 +7,8 @@ slopes S_b of the features, is what text b alone adds there. Its length follows 
 
 More than two classes without the map's gradient are not found: for C classes the rows are known up to an invertible
 mixture of C - 1, and which mixture makes all counts whole is a search that is not made here.
+
+Chapter `09_completion`.
 """
 
 from __future__ import annotations

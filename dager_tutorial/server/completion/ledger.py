@@ -1,4 +1,4 @@
-"""The account of an update: the texts that are entered, what they add up to, what remains."""
+"""The account of an update: the texts that are entered, what they add up to, what remains (chapter `09_completion`)."""
 
 from __future__ import annotations
 

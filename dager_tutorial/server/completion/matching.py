@@ -4,6 +4,8 @@ The gradient of the last MLP's output map is `M = sum_i a_i^T u_i` over distinct
 least squares gives every u_i while there are fewer rows than the map has inputs; and `u_i = sum_t c_i(t) phi_i(t) / N`
 gives the counts: those of tokens that must be there first, then, while something is left, the token of the vocabulary
 that points most along it. As many equations as the model is wide stand against each guess: what fits is right.
+
+Chapter `09_completion`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Behind that map every row goes its own way to the decoder: a residual, norms, in
 So the loss's gradient at the map's output is, row by row, `u_i = sum_t c_i(t) phi_i(t) / N`: `c_i(t)` counts the
 targets t of row i, N those of the batch, and `phi_i(t) = J_i^T W^T (p_i - e_t)` with the Jacobian J_i of that way, the
 decoder's weights W and the probabilities p_i. The server computes phi for whatever token it likes.
+
+Chapter `09_completion`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A prefix counts the texts that go on from it, token by token. Those that its children count themselves go on further;
 the others end with that token.
+
+Chapter `09_completion`.
 """
 
 from __future__ import annotations

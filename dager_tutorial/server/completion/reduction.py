@@ -6,6 +6,8 @@ output. (So is that of the MLP's output map. Activations are more alike than wha
 ten times larger.) Where the a_b are independent and the u_b are,
 `u_b M^+ a_b'^T` is 1 for b = b' and 0 for others (Wedderburn 1934; Chu, Funderlic, Golub, SIAM Review 1995). The server
 knows the direction of u_b, and so its length, without knowing a single one of the other texts.
+
+Chapter `09_completion`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What remains of an update, and when so little does that all is explained."""
+"""What remains of an update, and when so little does that all is explained (chapter `09_completion`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Completion: the texts of a search weighed, taken off the update, the rest searched again, all of it proven."""
+"""Completion: the texts of a search weighed, taken off the update, the rest searched again, all of it proven.
+
+Chapter `09_completion`.
+"""
 
 from __future__ import annotations
 

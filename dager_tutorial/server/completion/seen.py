@@ -2,6 +2,8 @@
 
 The numbers of the map reach the gradient through the slopes of its features alone. A layer norm has one direction that
 never moves, whatever the text: along it the map is invisible, and all that it adds to a logit is one offset a class.
+
+Chapter `09_completion`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 The gradient fixes `v_b`, the loss's gradient in the logits of text b, or `s v_b` with one unknown s, and the logits up
 to an offset. But `size * v_b = copies * chances - counts`, and only the right numbers make all counts whole.
+
+Chapter `09_completion`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A batch's gradient is a sum over its texts, and the server has everything that a term of it needs: the weights, the head
 that it handed out, and the text.
+
+Chapter `09_completion`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Under the next-token loss every prefix counts the tokens that follow it. What its children in the tree of prefixes do
 not use up are ends: whole texts, last token included, with their copies. Under the masked loss every position counts
 the tokens that it was asked for.
+
+Chapter `09_completion`.
 """
 
 from __future__ import annotations

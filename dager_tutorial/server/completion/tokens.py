@@ -1,4 +1,4 @@
-"""Completion under losses that read every token: whole texts, what masks hid, the proof."""
+"""Completion under losses that read every token: whole texts, what masks hid, the proof (chapter `09_completion`)."""
 
 from __future__ import annotations
 
