@@ -20,6 +20,7 @@ from dager_tutorial.client.masking import IGNORED, masked_inputs
 from dager_tutorial.errors import DagerError, quote
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel, frame_ids
+from dager_tutorial.models.training import filled
 
 
 @dataclass(frozen=True)
@@ -189,17 +190,9 @@ def pad(batch: PrivateBatch, token: int, side: str, device: torch.device) -> Pad
         side: `right` or `left`.
         device: Where the tensors go.
     """
-    filled = partial(_filled, side=side, device=device)
-    mask = filled([[1] * len(ids) for ids in batch.inputs], 0)
-    return Padded(filled(batch.inputs, token), mask, None if batch.targets is None else filled(batch.targets, IGNORED))
-
-
-def _filled(rows: list[list[int]], value: int, side: str, device: torch.device) -> Int[Tensor, "batch length"]:
-    """The rows, filled up to the longest with a value."""
-    longest = max(map(len, rows))
-    fills = [[value] * (longest - len(row)) for row in rows]
-    whole = [row + fill if side == "right" else fill + row for row, fill in zip(rows, fills, strict=True)]
-    return torch.tensor(whole, device=device)
+    fill = partial(filled, side=side, device=device)
+    mask = fill([[1] * len(ids) for ids in batch.inputs], 0)
+    return Padded(fill(batch.inputs, token), mask, None if batch.targets is None else fill(batch.targets, IGNORED))
 
 
 def _tokens(model: LanguageModel, texts: Sequence[str], max_length: int | None, positions: int) -> list[list[int]]:

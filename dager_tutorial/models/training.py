@@ -6,11 +6,12 @@ Chapters `01_gradients_leak` and `09_completion`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -38,6 +39,23 @@ def in_dtype(network: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def _converted(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers in another dtype; those that are out of memory stay out."""
     return absent(parameter, dtype) if is_absent(parameter) else parameter.to(dtype)
+
+
+def filled(
+    rows: Sequence[Sequence[int]], value: int, *, side: str, device: torch.device
+) -> Int[Tensor, "batch length"]:
+    """The rows as one tensor (int64), filled up to the longest with a value.
+
+    Args:
+        rows: At least one.
+        value: What fills them.
+        side: Where: `right` or `left`.
+        device: Where the tensor goes.
+    """
+    longest = max(map(len, rows))
+    fills = [[value] * (longest - len(row)) for row in rows]
+    whole = [[*row, *fill] if side == "right" else [*fill, *row] for row, fill in zip(rows, fills, strict=True)]
+    return torch.tensor(whole, device=device)
 
 
 @contextmanager

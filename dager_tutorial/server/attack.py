@@ -7,12 +7,14 @@ Nothing here has a threshold to set. Each stage is a file of its own: `subspace`
 
 from __future__ import annotations
 
+from functools import partial
+
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.budget import AttackConfig, Budget, Progress
-from dager_tutorial.server.completion.run import Search, completed
+from dager_tutorial.server.completion.run import completed
 from dager_tutorial.server.decoder.run import recover_prefixes
 from dager_tutorial.server.encoder.run import recover_texts
 from dager_tutorial.server.evidence import Evidence, evidence_of
@@ -56,24 +58,18 @@ def attack(
     watch = Stopwatch()
     budget = Budget.of(config, watch.begin, progress)
     evidence = evidence_of(model, update, watch)
-    search = _search(config, budget)
+    search = partial(_searched, budget=budget, without=config.without)
     outcome = search(evidence)
     if config.complete:
         outcome = completed(model, update, head, evidence, search, outcome, budget)
     return _reconstruction(model, evidence, outcome)
 
 
-def _search(config: AttackConfig, budget: Budget) -> Search:
-    """What searches an update, and what remains of it."""
-
-    def search(evidence: Evidence) -> Outcome:
-        return unreadable(evidence) or _recovered(evidence, budget, config.without)
-
-    return search
-
-
-def _recovered(evidence: Evidence, budget: Budget, without: frozenset[str]) -> Outcome:
-    """The outcome of the search that fits the architecture."""
+def _searched(evidence: Evidence, budget: Budget, without: frozenset[str]) -> Outcome:
+    """The outcome of the search that fits the architecture, of an update or of what remains of one."""
+    nothing = unreadable(evidence)
+    if nothing is not None:
+        return nothing
     if isinstance(evidence.adapter, DecoderAdapter):
         return recover_prefixes(evidence, budget)
     return recover_texts(evidence, budget, without)

@@ -10,7 +10,7 @@ from dager_tutorial.errors import DagerError
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.completion.counting import Counts
-from dager_tutorial.server.completion.remainder import norm, widened
+from dager_tutorial.server.completion.remainder import remainder_of
 from dager_tutorial.server.completion.simulation import Ids, Simulator, of_logits
 from dager_tutorial.server.completion.targets import TargetCounts, objective_of
 from dager_tutorial.update import Update
@@ -50,14 +50,12 @@ def unexplained_share(
         raise DagerError(f"there are {len(texts)} texts and {said} labels or copies: give one entry a text")
     head = head or (Head("next_token") if labels is None else Head(classes=max(2, max(map(max, labels)) + 1)))
     simulator = Simulator(model, update, head, dtype)
-    received = {name: update.gradients[name] for name in simulator.shared}
-    rest = widened(received)
     if labels is not None:
-        simulator.subtract(rest, texts, of_logits(_gradients(simulator, texts, labels)))
+        objective = of_logits(_gradients(simulator, texts, labels))
     else:
         predicted = sum((len(text) - 1) * n for text, n in zip(texts, copies, strict=True))
-        simulator.subtract(rest, texts, objective_of(TargetCounts(tuple(texts), tuple(copies), (), predicted, 0)))
-    return norm(rest) / norm(received)
+        objective = objective_of(TargetCounts(tuple(texts), tuple(copies), (), predicted, 0))
+    return remainder_of(simulator, update.gradients, texts, objective).share
 
 
 def _gradients(simulator: Simulator, texts: Sequence[Ids], labels: Sequence[tuple[int, ...]]) -> torch.Tensor:

@@ -74,44 +74,31 @@ def views_of(simulator: Simulator, texts: Sequence[Ids], module: nn.Linear) -> V
         texts: Token ids, at least one text.
         module: The map.
     """
-    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    for part in simulator.parts(texts):
-        found |= zip(part, zip(*_views(simulator, [texts[place] for place in part], module), strict=True), strict=True)
-    inputs, features, slopes = zip(*(found[place] for place in range(len(texts))), strict=True)
+    found = simulator.by_parts(texts, lambda part: zip(*_views(simulator, part, module), strict=True))
+    inputs, features, slopes = zip(*found, strict=True)
     return Views(torch.stack(inputs), torch.stack(features), torch.stack(slopes))
 
 
 def _views(simulator: Simulator, texts: list[Ids], module: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, features and slopes of texts that fit in at once."""
-    seen: dict[str, Tensor] = {}
-
-    def cut(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Let the graph begin at the MLP's output."""
-        seen["inputs"], seen["output"] = args[0], output.detach().requires_grad_(True)
-        return seen["output"]
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen["features"] = args[0]
-
-    (linear,) = simulator.adapter.linear_maps(simulator.adapter.num_blocks - 1, MLP_OUTPUT)
-    handles = linear.register_forward_hook(cut), module.register_forward_pre_hook(keep)
+    entered: list[Tensor] = []
+    adapter = simulator.adapter
+    handle = module.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
     try:
-        with torch.enable_grad():
+        with simulator.cut_behind(adapter.tap(adapter.num_blocks - 1, MLP_OUTPUT)) as seen:
             logits, _ = simulator.logits(texts)
-            features, read = _at_the_token(seen, logits)
+            features, read = _at_the_token(entered[0], seen["output"], logits)
             slopes = _slopes(features, seen["output"], read)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     inputs = seen["inputs"][torch.arange(len(texts)), read]
     return precise(inputs.detach()).cpu(), precise(features.detach()).cpu(), slopes.cpu()
 
 
-def _at_the_token(seen: dict[str, Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+def _at_the_token(features: Tensor, output: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """The features of each text, and the place of the one token that the loss reads."""
-    (slope,) = torch.autograd.grad(logits[:, 0].sum(), seen["output"], retain_graph=True)
+    (slope,) = torch.autograd.grad(logits[:, 0].sum(), output, retain_graph=True)
     read = slope.square().sum(-1).argmax(1)
-    features = seen["features"]
     return (features if features.dim() == 2 else features[torch.arange(len(read)), read]), read
 
 

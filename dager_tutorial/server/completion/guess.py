@@ -17,11 +17,7 @@ def plausible_heads(update: Update, adapter: Adapter) -> list[Head]:
     Returns:
         One head a task.
     """
-    network = adapter.network
-    inside = {name for name, _ in network.named_parameters()}
-    prefix = f"{network.base_model_prefix}."
-    outside = {name: tensor for name, tensor in update.gradients.items() if name.removeprefix(prefix) not in inside}
-    vocabulary = network.config.vocab_size
+    outside, vocabulary = update.for_head(adapter.network), adapter.config.vocab_size
     tokens = Head("next_token" if adapter.causal else "masked")
     if any(vocabulary in tensor.shape for tensor in outside.values()):
         return [tokens]

@@ -24,7 +24,7 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import MLP_OUTPUT, precise
 from dager_tutorial.server.completion.classifier import ClassMap, Views, class_map_of, views_of
 from dager_tutorial.server.completion.counting import Counts
-from dager_tutorial.server.completion.remainder import explains, norm, widened
+from dager_tutorial.server.completion.remainder import explains, remainder_of
 from dager_tutorial.server.completion.seen import Seen, map_from, seen_through
 from dager_tutorial.server.completion.settling import settle_offset, settle_scale
 from dager_tutorial.server.completion.simulation import Ids, Simulator, of_logits
@@ -111,10 +111,7 @@ def _case(model: LanguageModel, update: Update, texts: tuple[Ids, ...], dtype: t
 def _checked(case: _Case, head: Head, counts: Counts, numbered: bool) -> FoundHead:
     """The head, if with it the texts explain the update."""
     simulator = Simulator(case.model, case.update, head, case.simulator.network.dtype)
-    received = {name: case.update.gradients[name] for name in simulator.shared}
-    rest = widened(received)
-    simulator.subtract(rest, case.texts, of_logits(counts.gradients))
-    left = norm(rest) / norm(received)
+    left = remainder_of(simulator, case.update.gradients, case.texts, of_logits(counts.gradients)).share
     if not explains(left, simulator.network.dtype):
         return FoundHead(
             None, numbered, None, left, f"the head that fits best leaves {left:.1g} of the update unexplained"

@@ -10,7 +10,7 @@ from torch import Tensor
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP_OUTPUT, Tap
 from dager_tutorial.server.completion.counting import Counts, count
 from dager_tutorial.server.completion.reduction import Reduction, reduction_of, shares, shares_of_all
-from dager_tutorial.server.completion.remainder import norm, widened
+from dager_tutorial.server.completion.remainder import Remainder, remainder_of
 from dager_tutorial.server.completion.simulation import Factors, Ids, Simulator, of_logits
 from dager_tutorial.server.evidence import Evidence
 
@@ -26,7 +26,7 @@ class Ledger:
 
     def __init__(self, simulator: Simulator, evidence: Evidence, received: Mapping[str, Tensor]) -> None:
         self.simulator = simulator
-        self.received = {name: received[name] for name in simulator.shared}
+        self.received = received
         self.tap = _read_tap(evidence)
         self.eps = torch.finfo(evidence.precision).eps
         gradient = self.tap.gradient(evidence.gradients)
@@ -110,24 +110,15 @@ class Ledger:
         stacked = (torch.cat([getattr(one, name) for one in records]) for name in ("inputs", "slopes", "chances"))
         return Factors(*stacked)
 
-    def rest(self) -> dict[str, Tensor]:
+    def remainder(self) -> Remainder:
         """What remains of the update when every text that was entered is simulated and taken off.
 
-        Returns:
-            By the update's names, in float32 or, where the update has it, float64.
+        Raises:
+            ValueError: No text was entered.
         """
-        rest = widened(self.received)
-        if self.counts is not None:
-            self.simulator.subtract(rest, self.texts, of_logits(self.counts.gradients))
-        return rest
-
-    def share(self, rest: Mapping[str, Tensor]) -> float:
-        """How large what remains is, as a share of the update: norms over all shared parameters.
-
-        Args:
-            rest: What remains.
-        """
-        return norm(rest) / norm(self.received)
+        if self.counts is None:
+            raise ValueError("nothing was entered that could be taken off")
+        return remainder_of(self.simulator, self.received, self.texts, of_logits(self.counts.gradients))
 
 
 def _read_tap(evidence: Evidence) -> Tap:

@@ -169,34 +169,27 @@ class _Part(NamedTuple):
 
 def _captured(simulator: Simulator, texts: list[Ids], inside: Tensor) -> _Part:
     """One forward pass whose graph is nothing but the way from the map's output to the decoder."""
-    seen: dict[str, Tensor] = {}
-
-    def cut(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Let the graph begin at the map's output."""
-        seen["inputs"], seen["leaf"] = args[0], output.detach().requires_grad_(True)
-        return seen["leaf"]
+    before_decoder: list[Tensor] = []
 
     def end(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        """Let it end before the decoder: no vocabulary is ever in it."""
-        seen["hidden"] = args[0]
+        """Let the graph end before the decoder: no vocabulary is ever in it."""
+        before_decoder.append(args[0])
         return (args[0].detach(),)
 
     adapter, decoder = simulator.adapter, simulator.network.get_output_embeddings()
-    (linear,) = adapter.linear_maps(adapter.num_blocks - 1, MLP_OUTPUT)
-    handles = [linear.register_forward_hook(cut), decoder.register_forward_pre_hook(end)]
+    handle = decoder.register_forward_pre_hook(end)
     try:
-        with torch.enable_grad():
+        with simulator.cut_behind(adapter.tap(adapter.num_blocks - 1, MLP_OUTPUT)) as seen:
             logits, _ = simulator.logits(texts)
             at, positions = inside.to(logits.device)
             where = at, positions
-            hidden = seen["hidden"][where]
+            hidden = before_decoder[0][where]
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     chances = at_least_float32(logits.detach()[where]).softmax(-1)
     means = precise(chances @ decoder.weight.detach().to(chances)).cpu()
     inputs = precise(seen["inputs"].detach()[where]).cpu()
-    return _Part(inputs, means, chances.argmax(-1).cpu(), hidden, seen["leaf"], where)
+    return _Part(inputs, means, chances.argmax(-1).cpu(), hidden, seen["output"], where)
 
 
 def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

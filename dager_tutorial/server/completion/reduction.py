@@ -100,7 +100,7 @@ def shares(reduction: Reduction, factors: Factors) -> Shares:
         >>> shares(reduction_of(gradient, 2.0**-23), Factors(a, slopes, slopes.new_full((2, 2), 0.5))).gradients[:, 1]
         tensor([ 0.5000, -0.2500], dtype=torch.float64)
     """
-    contrasts = (factors.slopes[:, 1:] - factors.slopes[:, :1]) / reduction.scales
+    contrasts = factors.contrasts / reduction.scales
     inside = contrasts @ reduction.outputs
     outside = contrasts - inside @ reduction.outputs.T
     paired = (factors.inputs @ reduction.inputs) / reduction.strengths
@@ -109,7 +109,7 @@ def shares(reduction: Reduction, factors: Factors) -> Shares:
     away = torch.tensor([rest for _, rest in found], dtype=torch.float64)
     far = factors.inputs - (factors.inputs @ reduction.inputs) @ reduction.inputs.T
     held = far.norm(dim=1) <= reduction.error * factors.inputs.norm(dim=1)
-    return Shares(torch.cat([-gradients.sum(1, keepdim=True), gradients], 1), held & (away <= reduction.error))
+    return Shares(_with_the_first(gradients), held & (away <= reduction.error))
 
 
 def shares_of_all(
@@ -133,9 +133,12 @@ def shares_of_all(
     outputs = torch.linalg.lstsq(factors.inputs.T, gradient.T).solution
     if (gradient - outputs.T @ factors.inputs).norm() > precision**0.5 * gradient.norm():
         return None
-    contrasts = factors.slopes[:, 1:] - factors.slopes[:, :1]
-    found = torch.linalg.lstsq(contrasts.mT, outputs[..., None]).solution[..., 0]
-    return torch.cat([-found.sum(1, keepdim=True), found], 1)
+    return _with_the_first(torch.linalg.lstsq(factors.contrasts.mT, outputs[..., None]).solution[..., 0])
+
+
+def _with_the_first(others: Tensor) -> Tensor:
+    """Gradients in all logits, of those in all but the first: together they are zero."""
+    return torch.cat([-others.sum(1, keepdim=True), others], 1)
 
 
 def _share(contrasts: Tensor, inside: Tensor, outside: Tensor, paired: Tensor) -> tuple[Tensor, float]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dager_tutorial.server.completion.simulation import Ids, Objective, Simulator
 from dager_tutorial.server.constants import constants
 
 
@@ -30,6 +32,35 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
     5.0
     """
     return math.hypot(*(torch.linalg.vector_norm(tensor.float()).item() for tensor in tensors.values()))
+
+
+class Remainder(NamedTuple):
+    """What simulated texts leave of an update.
+
+    Attributes:
+        tensors: By the update's names, in float32 or, where the update has it, float64.
+        share: Their norm over that of the update, over all parameters that were shared and simulated.
+    """
+
+    tensors: dict[str, Tensor]
+    share: float
+
+
+def remainder_of(
+    simulator: Simulator, received: Mapping[str, Tensor], texts: Sequence[Ids], objective: Objective
+) -> Remainder:
+    """Simulate texts and take their gradient off an update.
+
+    Args:
+        simulator: Repeats the client's step.
+        received: The update's gradients by its names.
+        texts: Token ids.
+        objective: The client's loss on them.
+    """
+    shared = {name: received[name] for name in simulator.shared}
+    rest = widened(shared)
+    simulator.subtract(rest, texts, objective)
+    return Remainder(rest, norm(rest) / norm(shared))
 
 
 def explains(unexplained: float, precision: torch.dtype) -> bool:

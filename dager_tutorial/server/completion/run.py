@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel
@@ -107,16 +106,15 @@ def peeled(evidence: Evidence, ledger: Ledger, first: Outcome, search: Search, b
     unexplained: float | None = None
     latest = first
     while ledger.enter([text.tokens for text in latest.texts]):
-        rest = ledger.rest()
-        share = ledger.share(rest)
-        if share >= (1.0 if unexplained is None else unexplained):  # a text that is there takes something off
+        rest = ledger.remainder()
+        if rest.share >= (1.0 if unexplained is None else unexplained):  # a text that is there takes something off
             ledger.undo()
             break
-        unexplained = share
+        unexplained = rest.share
         if ledger.complete or unexplained <= constants().certified or budget.late:
             break
         budget.report("completion", len(ledger.texts), ledger.size)
-        latest = search(evidence.less(_for_backbone(rest, evidence)))
+        latest = search(evidence.less(Update(rest.tensors).for_backbone(evidence.adapter.network)))
         found |= {text.tokens: text for text in latest.texts if text.tokens not in found}
     exact = torch.finfo(evidence.precision).eps < constants().certified
     if unexplained is None or not (exact or explains(unexplained, evidence.precision)):
@@ -129,11 +127,6 @@ def peeled(evidence: Evidence, ledger: Ledger, first: Outcome, search: Search, b
     else:
         size, verdict = ledger.size, _explained(first, ledger, unexplained)
     return Outcome(*verdict, tuple(texts), size=size, unexplained=unexplained)
-
-
-def _for_backbone(rest: dict[str, Tensor], evidence: Evidence) -> Mapping[str, Tensor]:
-    """What remains, by the backbone's names."""
-    return Update(rest).for_backbone(evidence.adapter.network)
 
 
 def _entered(ledger: Ledger, found: Mapping[Ids, FoundText]) -> list[FoundText]:

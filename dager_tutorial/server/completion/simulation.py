@@ -8,9 +8,10 @@ Chapter `09_completion`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -23,11 +24,12 @@ from dager_tutorial.models.heads import Head, pad_for, with_head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.streaming import is_streamed, recomputed, tokens_at_once
 from dager_tutorial.models.tap import Tap, precise
-from dager_tutorial.models.training import in_dtype, requiring_grad
+from dager_tutorial.models.training import filled, in_dtype, requiring_grad
 from dager_tutorial.server.constants import constants
 from dager_tutorial.update import Update
 
 Ids = tuple[int, ...]
+Result = TypeVar("Result")
 
 Objective = Callable[[list[int], Tensor, Tensor], Tensor]
 """A scalar, of the places of some texts, their logits (texts x classes, or texts x length x vocabulary), their mask."""
@@ -46,6 +48,11 @@ class Factors:
     inputs: Float[Tensor, "texts inner"]
     slopes: Float[Tensor, "texts classes width"]
     chances: Float[Tensor, "texts classes"]
+
+    @property
+    def contrasts(self) -> Float[Tensor, "texts others width"]:
+        """The slopes of all logits but the first, less the first's: a logit gradient sums to zero over the classes."""
+        return self.slopes[:, 1:] - self.slopes[:, :1]
 
 
 class Simulator:
@@ -72,10 +79,8 @@ class Simulator:
         """Token ids and mask of texts, padded on the right."""
         pad = pad_for(self.network.config, self.model.tokenizer, {text[-1] for text in texts})
         self.network.config.pad_token_id = pad
-        longest = max(map(len, texts))
-        ids = torch.tensor([[*text, *[pad] * (longest - len(text))] for text in texts])
-        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
-        return ids.to(self.model.device), mask.to(self.model.device)
+        ids = filled(texts, pad, side="right", device=self.model.device)
+        return ids, filled([[1] * len(text) for text in texts], 0, side="right", device=self.model.device)
 
     def logits(self, texts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Logits of some texts by the unmodified forward pass, and their mask."""
@@ -98,6 +103,18 @@ class Simulator:
             part.append(place)
         yield part
 
+    def by_parts(self, texts: Sequence[Ids], run: Callable[[list[Ids]], Iterable[Result]]) -> list[Result]:
+        """What something makes of texts that go through the network at once, in the order of the texts.
+
+        Args:
+            texts: All of them, at least one.
+            run: Gives one result a text.
+        """
+        found: dict[int, Result] = {}
+        for part in self.parts(texts):
+            found |= zip(part, run([texts[place] for place in part]), strict=True)
+        return [found[place] for place in range(len(texts))]
+
     @torch.no_grad()
     def chances(self, texts: Sequence[Ids]) -> Float[Tensor, "texts classes"]:
         """The probabilities (float64) that the model gives the classes of each text.
@@ -105,10 +122,7 @@ class Simulator:
         Args:
             texts: Token ids, at least one text.
         """
-        found: dict[int, Tensor] = {}
-        for part in self.parts(texts):
-            found |= zip(part, precise(self.logits([texts[place] for place in part])[0]).softmax(-1).cpu(), strict=True)
-        return torch.stack([found[place] for place in range(len(texts))])
+        return torch.stack(self.by_parts(texts, lambda part: precise(self.logits(part)[0]).softmax(-1).cpu()))
 
     def factors(self, texts: Sequence[Ids], tap: Tap) -> Factors:
         """What texts add to the gradient of a map of the last block, under a loss that reads one token of each.
@@ -117,18 +131,36 @@ class Simulator:
             texts: Token ids, at least one text.
             tap: The map: the last block's MLP output, or its attention output.
         """
-        found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        for part in self.parts(texts):
-            found |= zip(part, self._factors([texts[place] for place in part], tap), strict=True)
-        inputs, slopes, chances = zip(*(found[place] for place in range(len(texts))), strict=True)
+        found = self.by_parts(texts, lambda part: self._factors(part, tap))
+        inputs, slopes, chances = zip(*found, strict=True)
         return Factors(torch.stack(inputs), torch.stack(slopes), torch.stack(chances))
 
     def _factors(self, texts: Sequence[Ids], tap: Tap) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For each text what enters the map, the slopes, and the probabilities."""
+        with self.cut_behind(tap) as seen:
+            logits, _ = self.logits(texts)
+            each = (torch.autograd.grad(one.sum(), seen["output"], retain_graph=True)[0] for one in logits.T)
+            slopes = torch.stack(list(each), 1)  # texts x classes x length x width
+        rows = torch.arange(len(texts))
+        read = slopes.square().sum((1, 3)).argmax(1)  # the one token of each text that the loss reads
+        chances = precise(logits.detach()).softmax(-1)
+        vectors = precise(seen["inputs"].detach()[rows, read]), precise(slopes[rows, :, read]), chances
+        return list(zip(*(each.cpu() for each in vectors), strict=True))
+
+    @contextmanager
+    def cut_behind(self, tap: Tap) -> Iterator[dict[str, Tensor]]:
+        """Let the graphs of forward passes begin at the output of a linear map: what lies before it is not kept.
+
+        Args:
+            tap: The map.
+
+        Yields:
+            After a pass, what entered the map as `inputs` and what left it as `output`, a leaf of the graph.
+        """
         seen: dict[str, Tensor] = {}
 
         def cut(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            """Let the graph begin at the map's output."""
+            """Put a leaf in the output's place."""
             seen["inputs"], seen["output"] = args[0], output.detach().requires_grad_(True)
             return seen["output"]
 
@@ -136,16 +168,9 @@ class Simulator:
         handle = linear.register_forward_hook(cut)
         try:
             with torch.enable_grad():
-                logits, _ = self.logits(texts)
-                each = (torch.autograd.grad(one.sum(), seen["output"], retain_graph=True)[0] for one in logits.T)
-                slopes = torch.stack(list(each), 1)  # texts x classes x length x width
+                yield seen
         finally:
             handle.remove()
-        rows = torch.arange(len(texts))
-        read = slopes.square().sum((1, 3)).argmax(1)  # the one token of each text that the loss reads
-        chances = precise(logits.detach()).softmax(-1)
-        vectors = precise(seen["inputs"].detach()[rows, read]), precise(slopes[rows, :, read]), chances
-        return list(zip(*(each.cpu() for each in vectors), strict=True))
 
     def subtract(self, rest: Mapping[str, Tensor], texts: Sequence[Ids], objective: Objective) -> None:
         """Take the gradient of an objective off what is there, part by part and parameter by parameter.
@@ -188,13 +213,7 @@ def _fitting(head: Head, update: Update, backbone: PreTrainedModel) -> Head:
     """The head with as many classes as the update's own head gradient has rows, where it was shared."""
     if head.task != "classification":
         return head
-    inside = {name for name, _ in backbone.named_parameters()}
-    prefix = f"{backbone.base_model_prefix}."
-    rows = [
-        len(tensor)
-        for name, tensor in update.gradients.items()
-        if name.removeprefix(prefix) not in inside and tensor.dim() == 2
-    ]
+    rows = [len(tensor) for tensor in update.for_head(backbone).values() if tensor.dim() == 2]
     return replace(head, classes=min(rows)) if rows and not head.weights else head
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dager_tutorial.server.completion.remainder import explains, norm, widened
+from dager_tutorial.server.completion.remainder import explains, remainder_of
 from dager_tutorial.server.completion.simulation import Ids, Simulator
 from dager_tutorial.server.completion.targets import TargetCounts, masked_targets, next_token_targets, objective_of
 from dager_tutorial.server.constants import constants
@@ -35,9 +35,7 @@ def with_targets(
     # Counts that do not add up, or rows that several sets of texts explain, prove nothing, whatever they leave.
     if counts is None or not counts.texts or not counts.complete or counts.unclear:
         return None
-    rest = widened({name: received[name] for name in simulator.shared})
-    simulator.subtract(rest, counts.texts, objective_of(counts))
-    unexplained = norm(rest) / norm({name: received[name] for name in simulator.shared})
+    unexplained = remainder_of(simulator, received, counts.texts, objective_of(counts)).share
     if not explains(unexplained, precision):
         return None
     return _outcome(counts, first, unexplained)
