@@ -5,6 +5,8 @@ Chapter `08_encoder_recovery`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from dager_tutorial.models.adapter import EncoderAdapter
@@ -15,6 +17,7 @@ from dager_tutorial.server.encoder.confirmation import Confirmer
 from dager_tutorial.server.encoder.polish import Polish
 from dager_tutorial.server.encoder.relaxation import Relaxation
 from dager_tutorial.server.encoder.search import TextSearch
+from dager_tutorial.server.encoder.seeds import without_bridges
 from dager_tutorial.server.encoder.tables import Clues, clues_of, first_block
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import FoundText, Outcome, expected_rows
@@ -25,7 +28,9 @@ from dager_tutorial.server.verdict import no_candidates, of_texts
 from dager_tutorial.status import Certainty, Confirmation, Status
 
 
-def recover_texts(evidence: Evidence, budget: Budget, without: frozenset[str] = frozenset()) -> Outcome:
+def recover_texts(
+    evidence: Evidence, budget: Budget, without: frozenset[str] = frozenset(), *, hand_over: bool = False
+) -> Outcome:
     """Find the tokens, where they stood, and text after text by the attention of block 0.
 
     Args:
@@ -33,6 +38,8 @@ def recover_texts(evidence: Evidence, budget: Budget, without: frozenset[str] = 
             (`verdict.unreadable`).
         budget: What it may cost.
         without: Parts of the search to leave out, any of `PARTS`.
+        hand_over: Return as soon as texts were found and others do not follow easily, because the caller takes the
+            found ones off the update and asks again.
 
     Returns:
         The confirmed texts, and what is known of the batch.
@@ -53,7 +60,7 @@ def recover_texts(evidence: Evidence, budget: Budget, without: frozenset[str] = 
     if late or not candidates.count:
         return no_candidates(late=late, saturated=False)
     with evidence.watch.stage("search"):
-        return _untestable(evidence) or _searched(evidence, candidates, budget, without)
+        return _untestable(evidence) or _searched(evidence, candidates, budget, without, hand_over=hand_over)
 
 
 def _encoder(evidence: Evidence) -> EncoderAdapter:
@@ -94,9 +101,11 @@ def _sharp(evidence: Evidence, *taps: Tap) -> dict[Tap, Span]:
     return {tap: span for tap, span in evidence.present(*taps).items() if not span.blurred}
 
 
-def _searched(evidence: Evidence, candidates: Candidates, budget: Budget, without: frozenset[str]) -> Outcome:
+def _searched(
+    evidence: Evidence, candidates: Candidates, budget: Budget, without: frozenset[str], *, hand_over: bool
+) -> Outcome:
     """Search for whole texts, and say what came of it."""
-    search = _search(evidence, candidates, budget, without)
+    search = replace(_search(evidence, candidates, budget, without), hand_over=hand_over)
     found, confirmer = search.run(), search.confirmer
     taps = (evidence.adapter.tap(0, ATTENTION_OUTPUT), *confirmer.deeper)
     # Without a clear gap anywhere false rows pass, too: the tests have little power under strong noise.
@@ -141,4 +150,4 @@ def _incidence(evidence: Evidence, candidates: Candidates) -> tuple[Incidence | 
         return None, None
     heads = 3 * adapter.num_heads
     where = incidence(marginals, heads)
-    return where, same_text(marginals, heads, where)
+    return where, without_bridges(same_text(marginals, heads, where))
