@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.encoder.confirmation import Confirmer
+from dager_tutorial.server.encoder.confirmation import Confirmer, LastConfirmer
 from dager_tutorial.server.encoder.polish import Polish
 from dager_tutorial.server.encoder.relaxation import Beginning, Relaxation, Solution, grown
 from dager_tutorial.server.encoder.seeds import Seed, by_company, companions, explained, known_tokens, overlapping
@@ -42,7 +42,7 @@ class TextSearch:
     """
 
     clues: Clues
-    confirmer: Confirmer
+    confirmer: Confirmer | LastConfirmer
     relaxation: Relaxation | None
     polish: Polish | None
     expected: int | None
@@ -124,7 +124,7 @@ class TextSearch:
         known = known_tokens(self.clues, seed)
         if self.relaxation is None:
             return self._mended(self._likeliest(known))
-        return _first(self._around(self.relaxation, self._narrow(known).without(seed.forbidden)))
+        return first_of(self._around(self.relaxation, self._narrow(known).without(seed.forbidden)))
 
     def _around(self, relaxation: Relaxation, narrow: Beginning) -> Iterator[Text | None]:
         """What a seed leads to; last, as for a text of a few tokens, cut at each length."""
@@ -166,5 +166,10 @@ class TextSearch:
         return text if self.confirmer.confirms(text) else None
 
 
-def _first(texts: Iterable[Text | None]) -> Text | None:
+def first_of(texts: Iterable[Text | None]) -> Text | None:
+    """The first that is a text, if any.
+
+    >>> first_of([None, (1, 2), (3,)])
+    (1, 2)
+    """
     return next((text for text in texts if text is not None), None)
