@@ -247,11 +247,8 @@ def test_batches_about_as_large_as_the_width_yield_nothing_false(model: Language
     texts = [" ".join(draw.choices(WORDS[:12], k=10)) for _ in range(size)]
     found = attack(model, client_update(model, texts))
     assert set(found.sequences) <= truth(model, texts)
-    expected = (
-        (Status.TEXTS_COMPLETE, "all 60 rows")
-        if size == 5
-        else (Status.SATURATED, "about as many rows as the model is")
-    )
+    full = (Status.SATURATED, "about as many rows as the model is")
+    expected = (Status.TEXTS_COMPLETE, "all 60 rows") if size == 5 else full
     assert (found.status, expected[1] in found.diagnosis) == (expected[0], True), found.diagnosis
 
 

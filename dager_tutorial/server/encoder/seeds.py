@@ -77,10 +77,10 @@ def without_bridges(together: Bool[Tensor, "tokens tokens"]) -> Bool[Tensor, "to
     Args:
         together: Which tokens surely stand in one text.
 
-    >>> two_pairs = torch.eye(5).flip(0).bool()
-    >>> two_pairs[2], two_pairs[:, 2] = True, True  # token 2 is a mate of all others
-    >>> without_bridges(two_pairs).sum(1).tolist()
-    [1, 1, 0, 1, 1]
+    >>> two_threes = torch.block_diag(torch.ones(3, 3), torch.ones(1, 1), torch.ones(3, 3)).fill_diagonal_(0).bool()
+    >>> two_threes[3], two_threes[:, 3] = True, True  # token 3 is a mate of all others
+    >>> without_bridges(two_threes).sum(1).tolist()
+    [2, 2, 2, 0, 2, 2, 2]
     """
     linked = (together | torch.eye(len(together), dtype=torch.bool, device=together.device)).float()
     links = ((linked @ linked) * linked).sum(1)
