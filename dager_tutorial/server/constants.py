@@ -112,8 +112,17 @@ class Constants:
     growth_rounds: int = _constant(3, "rounds in which a text grows around what is known", "cost")
     polish_directions: int = _constant(48, "random directions in which the polish measures", "cost")
     sweeps: int = _constant(3, "passes of the polish over a text", "cost")
+    loyal: float = _constant(
+        0.66, "share of a token's mates that must be mates of each other, lest it stand in two texts", "measured"
+    )
     short_text: int = _constant(8, "length up to which a text is cut out of the weights at every length", "measured")
     failures: int = _constant(40, "seeds in a row without a text before the search gives up", "cost")
+    stalled: int = _constant(2, "the same where found texts can be taken off the update instead", "cost")
+    full_failures: int = _constant(20, "the same where all directions are full and a seed costs more", "cost")
+    cuts: int = _constant(2, "lengths at which a text is tried where all directions are full", "cost")
+    taken_off: float = _constant(
+        0.125, "found rows, in shares of the width, that are taken off a full update before more are sought", "cost"
+    )
     # Interior point (chapter `08_encoder_recovery`)
     iterations: int = _constant(40, "most iterations of the interior-point method", "cost: 15 to 20 are used")
     solved: float = _constant(3e-6, "residual at which the equations are solved to rounding", "numerics")
