@@ -31,7 +31,10 @@ from dager_tutorial.client.batch import truth_of
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
+from dager_tutorial.server.attack import attack
+from dager_tutorial.server.budget import AttackConfig
 from dager_tutorial.status import Status
+from dager_tutorial.update import Update
 
 WORDS = """
 a about above across action actor after again age ago air all almost alone along also always among and angry
@@ -100,6 +103,18 @@ def truth(
     if task != "next_token":
         return seen
     return {one for one in seen if not any(one == other[: len(one)] for other in seen - {one})}
+
+
+def searched(model: LanguageModel, update: Update, **limits: Any) -> Reconstruction:
+    """What the search alone makes of an update: nothing is weighed, taken off or proven.
+
+    Args:
+        model: The model both sides know.
+        update: What the client sent.
+        limits: Of `AttackConfig`; and `progress`.
+    """
+    progress = limits.pop("progress", None)
+    return attack(model, update, config=AttackConfig(complete=False, **limits), progress=progress)
 
 
 def assert_exact(found: Reconstruction, wanted: Collection[tuple[int, ...]], status: Status | None = None) -> None:

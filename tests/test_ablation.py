@@ -92,7 +92,16 @@ def test_a_sequence_that_is_not_in_the_batch_is_counted(tiny_bert, monkeypatch):
 
 def test_averages_are_those_that_a_hand_gets():
     def run(data, size, variant, exact, seconds):
-        numbers = {"seed": 0, "n_tokens": 9, "rows": 9, "status": "partial", "peak_rss_mb": 1.0, "rouge2": 0.0}
+        numbers = {
+            "seed": 0,
+            "n_tokens": 9,
+            "rows": 9,
+            "status": "partial",
+            "peak_rss_mb": 1.0,
+            "rouge2": 0.0,
+            "counted": 0.0,
+            "labelled": 0.0,
+        }
         scores = {"exact": exact, "rouge1": exact / 2, "false": 1}
         return EncoderBenchmark(variant, AccuracyRun(data=data, batch_size=size, seconds=seconds, **numbers, **scores))
 

@@ -15,9 +15,9 @@ from dager_tutorial.status import Status
 
 TEXTS = ["the old man walks to the sea", "the old dog sleep", "we had good tea"]
 KINDS = [
-    ("tiny_llama", "classification", "texts_complete"),
+    ("tiny_llama", "classification", "certified"),
     ("tiny_llama", "next_token", "rows_complete"),
-    ("tiny_bert", "classification", "texts_complete"),
+    ("tiny_bert", "classification", "certified"),
     ("tiny_masked_bert", "masked", "texts_complete"),
 ]
 

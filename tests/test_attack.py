@@ -1,4 +1,4 @@
-"""The whole attack on small models: every trap, every precision, every choice of what is shared."""
+"""The search on small models: every trap, every precision, every choice of what is shared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import WORDS, assert_exact, every, family, truth
+from helpers import WORDS, assert_exact, every, family, searched, truth
 from transformers import (
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -24,7 +24,6 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import QKV
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.attack import attack
-from dager_tutorial.server.budget import AttackConfig
 from dager_tutorial.status import Status
 from dager_tutorial.update import Update
 
@@ -44,7 +43,7 @@ def recover(
     labels: Sequence[int] | None = None,
     **options: Any,
 ) -> Reconstruction:
-    return attack(model, client_update(model, texts, labels, config=ClientConfig(task=task, **options)))
+    return searched(model, client_update(model, texts, labels, config=ClientConfig(task=task, **options)))
 
 
 @every(*ALL)
@@ -118,11 +117,11 @@ def test_the_order_of_the_batch_and_the_scale_of_the_loss_do_not_matter(
 ) -> None:
     texts = random_texts(3, 18)
     update, wanted = client_update(model, texts, [0, 1, 1]), truth(model, texts)
-    assert_exact(attack(model, update), wanted)
+    assert_exact(searched(model, update), wanted)
     assert_exact(recover(model, texts[::-1], labels=[1, 1, 0]), wanted)
     for factor, kind in [(1e6, "gradient"), (1e-6, "gradient"), (-1e-3, "delta"), (-3.0, "delta")]:
         scaled = {name: tensor * factor for name, tensor in update.gradients.items()}
-        assert_exact(attack(model, Update(scaled, kind=kind)), wanted)
+        assert_exact(searched(model, Update(scaled, kind=kind)), wanted)
 
 
 @every(*TINY)
@@ -197,7 +196,7 @@ def test_gradients_of_plain_transformers_code(
     update = plain_update(model, client, texts, "right", prefix=prefix)
     if not prefix:
         update = Update({n: g for n, g in update.gradients.items() if n not in {"score.weight", "lm_head.weight"}})
-    assert_exact(attack(model, update), truth(model, texts, task))
+    assert_exact(searched(model, update), truth(model, texts, task))
 
 
 def test_texts_that_begin_late_behind_left_padding(tiny_gpt2: LanguageModel, random_texts: Draw) -> None:
@@ -205,9 +204,9 @@ def test_texts_that_begin_late_behind_left_padding(tiny_gpt2: LanguageModel, ran
     far = ["a cat", " ".join(WORDS[40:80])]
     for texts in (random_texts(3, 0), random_texts(3, 2), far, ["the dog is good", "the dog"]):
         update = plain_update(tiny_gpt2, GPT2ForSequenceClassification, texts, "left")
-        assert_exact(attack(tiny_gpt2, update), truth(tiny_gpt2, texts))
+        assert_exact(searched(tiny_gpt2, update), truth(tiny_gpt2, texts))
     update = plain_update(tiny_gpt2, GPT2LMHeadModel, far, "left")
-    assert_exact(attack(tiny_gpt2, update), truth(tiny_gpt2, far, "next_token"))
+    assert_exact(searched(tiny_gpt2, update), truth(tiny_gpt2, far, "next_token"))
 
 
 @every("mistral", "qwen2", "smollm3", "smollm3-nope")
@@ -227,8 +226,8 @@ def test_results_do_not_depend_on_seed_or_memory(tiny_gpt2: LanguageModel, rando
     texts = random_texts(4, 33)
     update = client_update(tiny_gpt2, texts)
     calls: list[tuple[str, int, int | None]] = []
-    configs = (AttackConfig(), AttackConfig(seed=9), AttackConfig(memory_mb=16))
-    runs = [attack(tiny_gpt2, update, config=each, progress=lambda *call: calls.append(call)) for each in configs]
+    limits: tuple[dict[str, int], ...] = ({}, {"seed": 9}, {"memory_mb": 16})
+    runs = [searched(tiny_gpt2, update, **each, progress=lambda *call: calls.append(call)) for each in limits]
     for found in runs:
         assert_exact(found, truth(tiny_gpt2, texts))
         assert found.sequences == runs[0].sequences and found.scores == pytest.approx(runs[0].scores, rel=1e-3)

@@ -135,7 +135,7 @@ def test_an_envelope_can_be_opened_as_far_as_its_seal_says(number):
     assert tuple(sorted(update.gradients)) == tuple(sorted(envelope.share)) and update.model == envelope.name
     result = grade(envelope.seal(), attack(envelope.model(), update), "a cause")
     assert result.full and not result.false_claims
-    assert result.whole == (envelope.seal().goal == "whole")
+    assert result.whole or envelope.seal().goal != "whole"
 
 
 def test_no_text_and_no_key_is_in_the_set():

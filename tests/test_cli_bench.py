@@ -45,7 +45,7 @@ def test_bench_hands_on_its_options_and_writes_the_record(zoo, tmp_path, capsys,
 
 def test_bench_accuracy_hands_on_batches_and_client_and_prints_as_it_goes(zoo, tmp_path, capsys, monkeypatch):
     told = {}
-    run = AccuracyRun("notes", 2, 4, 30, 29, 0.5, 1, 0.75, 0.7, "partial", 1.25, 100.0)
+    run = AccuracyRun("notes", 2, 4, 30, 29, 0.5, 0.5, 0.25, 1, 0.75, 0.7, "partial", 1.25, 100.0)
 
     def bench_accuracy(model, batches, *, config, progress):
         told.update(batches=list(batches), config=config)
@@ -99,7 +99,9 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(name, said, t
 def test_bench_encoder_hands_on_its_limits_and_shows_means(zoo, tmp_path, capsys, monkeypatch):
     told = {}
     runs = [
-        EncoderBenchmark(variant, AccuracyRun("notes", 2, seed, 30, 29, exact, 1, 0.75, 0.7, "partial", 2.0, 100.0))
+        EncoderBenchmark(
+            variant, AccuracyRun("notes", 2, seed, 30, 29, exact, exact, exact, 1, 0.75, 0.7, "partial", 2.0, 100.0)
+        )
         for variant, seed, exact in (("full", 0, 1.0), ("full", 1, 0.5), ("textbook", 0, 0.0))
     ]
 

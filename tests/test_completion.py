@@ -20,7 +20,6 @@ from dager_tutorial.server.constants import constants
 from dager_tutorial.status import Status
 from dager_tutorial.update import Update
 
-PROVEN = AttackConfig(complete=True)
 ALL = ("shaken_gpt2", "tiny_llama", "tiny_bert", "tiny_distilbert", "tiny_roberta")
 TEXTS = ["the dog is good", "a cat and the animal", "the boy had no idea", "the dog is good"]
 
@@ -35,7 +34,7 @@ def labels_of(found) -> dict[tuple[int, ...], tuple[int, ...]]:
 def test_labels_copies_and_size_come_back(model: LanguageModel, labels: list[int], share: str) -> None:
     config = ClientConfig(share=share, seed=3)
     update, kept = play(model, TEXTS, labels, config=config)
-    found = attack(model, update, head=head_of(config, labels), config=PROVEN)
+    found = attack(model, update, head=head_of(config, labels))
     assert (found.status, found.batch_size) == (Status.CERTIFIED, 4), found.diagnosis
     wanted: dict[tuple[int, ...], list[int]] = {}
     for ids, label in zip(kept.sequences, labels, strict=True):
@@ -49,7 +48,7 @@ def test_labels_copies_and_size_come_back(model: LanguageModel, labels: list[int
 def test_whole_texts_come_back_from_the_next_token_loss(model: LanguageModel) -> None:
     texts = [*TEXTS, "the dog", "the dog is good and old", "a"]
     update, kept = play(model, texts, config=ClientConfig(task="next_token"))
-    found = attack(model, update, config=PROVEN)
+    found = attack(model, update)
     assert (found.status, found.with_targets) == (Status.CERTIFIED, True), found.diagnosis
     assert set(found.sequences) == set(kept.wholes) - {()}
     assert score(found, kept).exact == 1
@@ -59,7 +58,7 @@ def test_whole_texts_come_back_from_the_next_token_loss(model: LanguageModel) ->
 def test_what_masks_hid_comes_back(model: LanguageModel) -> None:
     config = ClientConfig(task="masked")
     update, kept = play(model, TEXTS[:3], config=config)
-    found = attack(model, update, head=head_of(config), config=PROVEN)
+    found = attack(model, update, head=head_of(config))
     assert (found.status, found.with_targets) == (Status.CERTIFIED, True), found.diagnosis
     assert set(found.sequences) == set(kept.wholes)
 
@@ -85,7 +84,7 @@ def test_no_reconstruction_with_one_mistake_is_certified(model: LanguageModel) -
     chance = random.Random(0)
     texts = [" ".join(chance.choices(WORDS, k=chance.randrange(3, 9))) for _ in range(6)]
     update = client_update(model, texts, [0, 1, 1, 0, 0, 1])
-    found = attack(model, update, config=PROVEN)
+    found = attack(model, update)
     assert unexplained_share(model, update, found.sequences, found.labels) < constants().certified / 10
     for wrong, labels in mutants(found, model.network.config.vocab_size, chance, 40):
         assert unexplained_share(model, update, wrong, labels) > 10 * constants().certified
@@ -97,7 +96,7 @@ def test_a_changed_update_is_not_certified(model: LanguageModel) -> None:
     for name, tensor in update.gradients.items():
         if tensor.dim() == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
             changed = Update(update.gradients | {name: tensor + 0.01 * tensor.norm() * torch.eye(*tensor.shape)})
-            found = attack(model, changed, config=AttackConfig(time_budget=20, complete=True))
+            found = attack(model, changed, config=AttackConfig(time_budget=20))
             assert found.status != Status.CERTIFIED
             break
 
@@ -118,20 +117,20 @@ def test_a_scaled_update_is_not_certified(model: LanguageModel, task: str, facto
     config = ClientConfig(task=task)
     update = client_update(model, TEXTS, config=config)
     scaled = Update({name: factor * tensor for name, tensor in update.gradients.items()})
-    assert attack(model, scaled, head=head_of(config), config=PROVEN).status != Status.CERTIFIED
+    assert attack(model, scaled, head=head_of(config)).status != Status.CERTIFIED
 
 
 @every("tiny_llama")
 def test_a_repeated_first_token_is_not_certified(model: LanguageModel) -> None:
     update = client_update(model, ["dog dog cat"], config=ClientConfig(task="next_token"))
-    found = attack(model, update, config=PROVEN)
+    found = attack(model, update)
     true = tuple(model.tokenizer("dog dog cat")["input_ids"])
     assert found.status != Status.CERTIFIED or found.sequences == (true,)
 
 
 @every("shaken_gpt2", "tiny_bert")
 def test_without_completion_nothing_is_claimed(model: LanguageModel) -> None:
-    found = attack(model, client_update(model, TEXTS), config=AttackConfig())
+    found = attack(model, client_update(model, TEXTS), config=AttackConfig(complete=False))
     assert found.status == Status.TEXTS_COMPLETE
     assert not any(found.labels) and found.batch_size is None and found.unexplained is None
 
@@ -139,5 +138,5 @@ def test_without_completion_nothing_is_claimed(model: LanguageModel) -> None:
 @every("shaken_gpt2", "tiny_llama")
 def test_another_task_is_not_taken_for_the_clients(model: LanguageModel) -> None:
     update = client_update(model, TEXTS, config=ClientConfig(task="next_token"))
-    found = attack(model, update, head=Head(), config=PROVEN)
+    found = attack(model, update, head=Head())
     assert not any(found.labels) and found.status != Status.CERTIFIED

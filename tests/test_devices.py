@@ -8,14 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 from far_device import Far, FarDevice
-from helpers import every
+from helpers import every, searched
 
 from dager_tutorial.client import step
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.step import client_update
 from dager_tutorial.models import tap
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.server.attack import attack
 from dager_tutorial.server.inspection import inspect_update
 from dager_tutorial.update import Update
 
@@ -49,9 +48,9 @@ def test_the_attack_runs_where_the_model_lies(model: LanguageModel, there: FarDe
     update = client_update(model, TEXTS)
     with there:
         far = there.move(model)
-        found, ranks = attack(far, update), inspect_update(far, update).rows
+        found, ranks = searched(far, update), inspect_update(far, update).rows
     assert there.operations > 500
-    expected = attack(model, update)
+    expected = searched(model, update)
     assert found.sequences == expected.sequences and len(ranks) > 3
     assert found.status == expected.status
 

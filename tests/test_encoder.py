@@ -9,15 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import WORDS, assert_exact, every, truth
+from helpers import WORDS, assert_exact, every, searched, truth
 from torch import Tensor
 
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.step import client_update
 from dager_tutorial.errors import DagerError
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.server.attack import AttackConfig, attack
-from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.budget import AttackConfig, Budget
 from dager_tutorial.server.encoder.run import recover_texts
 from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.server.unmixing import Incidence, Marginals
@@ -53,17 +52,17 @@ def test_batches_are_exact(model: LanguageModel, task: str, random_texts: Draw) 
     """Batches of 1 to 4 texts that share words, under both losses; 64 dimensions hold about 30 rows."""
     for size, seed in BATCHES:
         texts = random_texts(size, seed, 2, 7)
-        found = attack(model, client_update(model, texts, config=ClientConfig(task=task)))
+        found = searched(model, client_update(model, texts, config=ClientConfig(task=task)))
         assert_exact(found, truth(model, texts, task), Status.TEXTS_COMPLETE)
         assert max(found.scores) < 10
 
 
 @every("tiny_masked_bert")
 def test_masks_and_unknown_words_are_seen_in_the_texts(model: LanguageModel) -> None:
-    found = attack(model, client_update(model, ["the cat zzyzx the dog"]))
+    found = searched(model, client_update(model, ["the cat zzyzx the dog"]))
     unknown = model.tokenizer.unk_token
     assert found.texts == (f"the cat {unknown} the dog",)
-    found = attack(model, client_update(model, ["the cat saw the dog"], config=ClientConfig(task="masked")))
+    found = searched(model, client_update(model, ["the cat saw the dog"], config=ClientConfig(task="masked")))
     assert model.tokenizer.mask_token in found.texts[0]
     assert not any(frame in found.texts[0] for frame in (model.tokenizer.cls_token, model.tokenizer.sep_token))
 
@@ -72,14 +71,14 @@ def test_masks_and_unknown_words_are_seen_in_the_texts(model: LanguageModel) -> 
 def test_words_that_repeat_within_and_between_texts(model: LanguageModel) -> None:
     """Words that stand several times, in one text or in all, at one position or at many."""
     texts = ["the cat and the dog and the bird", "the dog saw the big cat", "a cat saw the dog", "saw the the the cat"]
-    assert_exact(attack(model, client_update(model, texts)), truth(model, texts))
+    assert_exact(searched(model, client_update(model, texts)), truth(model, texts))
 
 
 @every("tiny_bert", "tiny_distilbert")
 def test_a_text_that_begins_another_and_one_that_ends_it(model: LanguageModel) -> None:
     """No prefix tree here: beginnings and ends of other texts are texts of their own."""
     texts = ["the old house by the river", "the old house", "by the river"]
-    assert_exact(attack(model, client_update(model, texts)), truth(model, texts))
+    assert_exact(searched(model, client_update(model, texts)), truth(model, texts))
 
 
 @every("tiny_bert")
@@ -88,9 +87,9 @@ def test_what_does_not_change_the_answer(model: LanguageModel, random_texts: Dra
     texts = random_texts(3, 5, 3, 6)
     expected = truth(model, texts)
     update = client_update(model, texts, config=ClientConfig(share="attention"))
-    first = attack(model, update)
+    first = searched(model, update)
     assert_exact(first, expected)
-    again = attack(model, update)
+    again = searched(model, update)
     assert (again.sequences, again.scores) == (first.sequences, first.scores)
     scaled = Update({name: -7 * tensor for name, tensor in update.gradients.items()})
     shuffled = random.Random(0).sample(texts, len(texts))
@@ -100,7 +99,7 @@ def test_what_does_not_change_the_answer(model: LanguageModel, random_texts: Dra
         client_update(model, [*texts, texts[0]]),
         client_update(model, texts, config=ClientConfig(dtype="float64")),
     ):
-        assert_exact(attack(model, other), expected)
+        assert_exact(searched(model, other), expected)
 
 
 @every("tiny_bert")
@@ -111,7 +110,7 @@ def test_it_agrees_with_the_exhaustive_search(model: LanguageModel, size: int, s
     update = client_update(model, texts)
     expected = truth(model, texts)
     assert set(textbook_encoder_attack(model, update).sequences) == expected
-    assert_exact(attack(model, update), expected, Status.TEXTS_COMPLETE)
+    assert_exact(searched(model, update), expected, Status.TEXTS_COMPLETE)
 
 
 # ---- parts that are left out
@@ -129,7 +128,7 @@ def test_parts_can_be_left_out(
 
     texts = random_texts(2, 9, 3, 5)
     monkeypatch.setattr(ENTRANCES[part], refuse)
-    found = attack(model, client_update(model, texts), config=AttackConfig(without=frozenset({part})))
+    found = searched(model, client_update(model, texts), without=frozenset({part}))
     assert_exact(found, truth(model, texts), Status.TEXTS_COMPLETE)
 
 
@@ -138,8 +137,8 @@ def test_less_is_found_without_the_relaxation_but_nothing_false(model: LanguageM
     """Of two texts with words in common the likeliest tokens give one; the whole search gives both."""
     texts = random_texts(2, 10, 3, 5)
     update = client_update(model, texts)
-    assert_exact(attack(model, update), truth(model, texts))
-    found = attack(model, update, config=AttackConfig(without=frozenset({"relaxation"})))
+    assert_exact(searched(model, update), truth(model, texts))
+    found = searched(model, update, without=frozenset({"relaxation"}))
     assert len(found.sequences) == 1 and set(found.sequences) < truth(model, texts)
     assert found.status == Status.PARTIAL
     assert found.diagnosis == "7 of 13 rows confirmed: no seed leads to the others"
@@ -163,7 +162,7 @@ def test_wrong_mates_cost_no_text(
 
     monkeypatch.setattr("dager_tutorial.server.encoder.run.same_text", advice)
     texts = random_texts(4, 3, 3, 7)
-    assert_exact(attack(model, client_update(model, texts)), truth(model, texts))
+    assert_exact(searched(model, client_update(model, texts)), truth(model, texts))
 
 
 # ---- time
@@ -171,7 +170,7 @@ def test_wrong_mates_cost_no_text(
 
 @every("tiny_bert")
 def test_a_budget_that_the_filter_spends(model: LanguageModel, random_texts: Draw) -> None:
-    found = attack(model, client_update(model, random_texts(3, 4)), config=AttackConfig(time_budget=1e-6))
+    found = searched(model, client_update(model, random_texts(3, 4)), time_budget=1e-6)
     assert (found.status, found.sequences) == (Status.OUT_OF_TIME, ())
     assert found.diagnosis == "the time budget was spent while tokens were tested against block 0"
 
@@ -221,7 +220,7 @@ def test_what_the_update_does_not_tell(model: LanguageModel, random_texts: Draw)
         (only(update, "layer.0.attention"), Status.PARTIAL, "no tap beyond block 0's attention output"),
         (crowd, Status.SATURATED, "block 0 is full"),
     ):
-        found = attack(model, told)
+        found = searched(model, told)
         assert (found.status, found.sequences) == (status, ()), found.diagnosis
         assert reason in found.diagnosis
 
@@ -232,7 +231,7 @@ def test_each_text_says_what_confirms_it(model: LanguageModel, random_texts: Dra
     texts = random_texts(2, 6)
     update = client_update(model, texts)
     for name, told in (("block 1 query, key, value", update), ("block 0 MLP", only(update, "layer.0."))):
-        found = attack(model, told)
+        found = searched(model, told)
         assert_exact(found, truth(model, texts), Status.TEXTS_COMPLETE)
         for confirmation in found.confirmations:
             assert confirmation.certainty is Certainty.WHOLE
@@ -245,7 +244,7 @@ def test_batches_about_as_large_as_the_width_yield_nothing_false(model: Language
     """60 to 192 rows in 64 dimensions, of few words: the spans are nearly or quite full, and nothing may be guessed."""
     draw = random.Random(size)
     texts = [" ".join(draw.choices(WORDS[:12], k=10)) for _ in range(size)]
-    found = attack(model, client_update(model, texts))
+    found = searched(model, client_update(model, texts))
     assert set(found.sequences) <= truth(model, texts)
     full = (Status.SATURATED, "about as many rows as the model is")
     expected = (Status.TEXTS_COMPLETE, "all 60 rows") if size == 5 else full
@@ -255,7 +254,7 @@ def test_batches_about_as_large_as_the_width_yield_nothing_false(model: Language
 def test_one_block_holds_no_whole_texts(random_texts: Draw) -> None:
     """The last block's attention output has rows of what the loss reads only."""
     shallow = load_model("minilm-l6", blocks=1)
-    found = attack(shallow, client_update(shallow, random_texts(2, 1), config=ClientConfig(share="attention")))
+    found = searched(shallow, client_update(shallow, random_texts(2, 1), config=ClientConfig(share="attention")))
     assert (found.status, found.sequences) == (Status.PARTIAL, ())
     assert "load more blocks" in found.diagnosis
 
@@ -266,7 +265,7 @@ def test_noise_is_no_text(model: LanguageModel, random_texts: Draw) -> None:
     update = client_update(model, random_texts(2, 3))
     draw = torch.Generator().manual_seed(0)
     noise = {name: torch.randn(tensor.shape, generator=draw) for name, tensor in update.gradients.items()}
-    found = attack(model, replace(update, gradients=noise))
+    found = searched(model, replace(update, gradients=noise))
     assert (found.status, found.sequences) == (Status.NOISE, ())
 
 
@@ -279,7 +278,7 @@ def test_noise_in_the_attention_output_alone(model: LanguageModel, random_texts:
         name: torch.randn(tensor.shape, generator=draw) if "0.attention.output" in name else tensor
         for name, tensor in update.gradients.items()
     }
-    found = attack(model, replace(update, gradients=noisy))
+    found = searched(model, replace(update, gradients=noisy))
     assert (found.status, found.sequences) == (Status.PARTIAL, ())
     assert "block 0's attention output gradient" in found.diagnosis and "noise" in found.diagnosis
 
@@ -288,7 +287,7 @@ def test_noise_in_the_attention_output_alone(model: LanguageModel, random_texts:
 def test_another_models_update_is_refused_by_its_texts(model: LanguageModel, random_texts: Draw) -> None:
     """Weights that are not the client's: its gradients hold a span, and nothing of this model lies in it."""
     other = replace(model, network=type(model.network)(model.network.config).eval().requires_grad_(False))
-    found = attack(other, client_update(model, random_texts(2, 3)))
+    found = searched(other, client_update(model, random_texts(2, 3)))
     assert (found.status, found.sequences) == (Status.WRONG_MODEL, ())
 
 
@@ -301,7 +300,7 @@ def test_a_real_model_gives_up_its_texts() -> None:
         "The rain stopped.",
         "She refused the tablets, and the daughter asked why.",
     ]
-    found = attack(model, client_update(model, texts, config=ClientConfig(share="attention")))
+    found = searched(model, client_update(model, texts, config=ClientConfig(share="attention")))
     assert_exact(found, truth(model, texts), Status.TEXTS_COMPLETE)
     config = model.network.config
     assert max(map(len, found.sequences)) > config.hidden_size // config.num_attention_heads

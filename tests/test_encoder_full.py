@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from helpers import WORDS, friends, truth
+from helpers import WORDS, friends, searched, truth
 
 from dager_tutorial.client.step import client_update
 from dager_tutorial.models.adapter import EncoderAdapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QUERY
-from dager_tutorial.server.attack import attack
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.encoder.confirmation import LastConfirmer
@@ -73,7 +72,7 @@ def test_without_the_last_block_full_spans_give_no_text(tiny_bert: LanguageModel
     """Nothing else could prove one."""
     update = client_update(tiny_bert, crowd())
     kept = {name: each for name, each in update.gradients.items() if "layer.2." not in name}
-    found = attack(tiny_bert, replace(update, gradients=kept))
+    found = searched(tiny_bert, replace(update, gradients=kept))
     assert (found.status, found.sequences) == (Status.SATURATED, ())
 
 

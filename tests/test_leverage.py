@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from helpers import random_model, truth, word_tokenizer
+from helpers import random_model, searched, truth, word_tokenizer
 from transformers import GPT2Config, LlamaConfig
 
 from dager_tutorial.client.step import client_update
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.server.attack import attack
 from dager_tutorial.status import Certainty, Status
 from dager_tutorial.update import Update
 
@@ -52,7 +51,7 @@ def test_texts_come_back_beyond_the_width_and_none_is_confirmed_in_vain(
     texts = random_texts(22, 3, 9, 9)
     true = truth(model, texts)
     assert len({ids[:end] for ids in true for end in range(1, 10)}) > WIDTH
-    found = attack(model, client_update(model, texts))
+    found = searched(model, client_update(model, texts))
     assert found.status in {Status.SATURATED, Status.ENDS_CONFIRMED}
     assert len(found.sequences) <= len(texts)
     assert len(true & set(found.sequences)) >= len(texts) / 2
@@ -73,7 +72,7 @@ def test_leverage_alone_confirms_nothing(model: LanguageModel, random_texts: Cal
     """Without the last block's gradients texts come back all the same, and every one of them is called a guess."""
     texts = random_texts(22, 3, 9, 9)
     update = client_update(model, texts)
-    found = attack(model, Update({name: each for name, each in update.gradients.items() if ".2." not in name}))
+    found = searched(model, Update({name: each for name, each in update.gradients.items() if ".2." not in name}))
     assert found.status is Status.SATURATED
     assert len(truth(model, texts) & set(found.sequences)) >= len(texts) / 3
     assert {confirmation.certainty for confirmation in found.confirmations} == {Certainty.GUESS}

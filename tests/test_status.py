@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import WORDS, assert_exact, every, family, random_model, truth, word_tokenizer
+from helpers import WORDS, assert_exact, every, family, random_model, searched, truth, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, GPT2Config
@@ -22,7 +22,6 @@ from dager_tutorial.client.step import client_update
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import MLP, Tap
 from dager_tutorial.reconstruction import Reconstruction
-from dager_tutorial.server.attack import attack
 from dager_tutorial.status import Certainty, Confirmation, Status
 from dager_tutorial.update import Update
 
@@ -38,7 +37,7 @@ pytestmark = pytest.mark.timeout(90)
 def recover(
     model: LanguageModel, texts: Sequence[str], task: str = "classification", dtype: str = "float32"
 ) -> Reconstruction:
-    return attack(model, client_update(model, texts, config=ClientConfig(task=task, dtype=dtype)))
+    return searched(model, client_update(model, texts, config=ClientConfig(task=task, dtype=dtype)))
 
 
 def assert_nothing_found(found: Reconstruction, *statuses: Status) -> None:
@@ -98,7 +97,7 @@ def test_an_uninformative_update_has_no_signal(model: LanguageModel, random_text
     later = {name: tensor for name, tensor in update.gradients.items() if ".0." not in name}
     zeros = {name: torch.zeros_like(tensor) for name, tensor in update.gradients.items()}
     for gradients in (later, zeros, {**later, **{name: x for name, x in zeros.items() if ".0." in name}}):
-        assert_nothing_found(attack(model, Update(gradients)), Status.NO_SIGNAL)
+        assert_nothing_found(searched(model, Update(gradients)), Status.NO_SIGNAL)
 
 
 @every(*TINY, "mistral", "tiny_bert")
@@ -107,7 +106,7 @@ def test_noise_alone_is_no_text(model: LanguageModel, random_texts: Draw) -> Non
     for seed in range(3):
         draw = torch.Generator().manual_seed(seed)
         noise = Update({name: torch.randn(shape, generator=draw) for name, shape in shapes.items()})
-        found = attack(model, noise)
+        found = searched(model, noise)
         assert_nothing_found(found, *NOTHING_KNOWN)
 
 
@@ -137,7 +136,7 @@ def test_a_model_that_was_trained_on_is_told(model: LanguageModel, random_texts:
 
 
 def recover_from(client: LanguageModel, server: LanguageModel, texts: Sequence[str]) -> Reconstruction:
-    return attack(server, client_update(client, texts))
+    return searched(server, client_update(client, texts))
 
 
 def one_block(kind: str) -> LanguageModel:
@@ -228,7 +227,7 @@ def test_what_was_rounded_before_it_was_stored_is_no_different(
     texts = random_texts(2, 9)
     for update in (client_update(model, texts, config=ClientConfig(dtype=dtype)), client_update(model, texts)):
         low = {name: tensor.to(getattr(torch, dtype)) for name, tensor in update.gradients.items()}
-        found = [attack(model, Update(each)) for each in (low, {name: x.float() for name, x in low.items()})]
+        found = [searched(model, Update(each)) for each in (low, {name: x.float() for name, x in low.items()})]
         assert set(found[0].sequences) == truth(model, texts)
         assert replace(found[0], seconds={}, peak_rss_mb=0.0) == replace(found[1], seconds={}, peak_rss_mb=0.0)
 

@@ -18,6 +18,7 @@ from dager_tutorial.cli.progress import progress, waiting
 if TYPE_CHECKING:
     from dager_tutorial.client.batch import Truth
     from dager_tutorial.evaluation.metrics import Score
+    from dager_tutorial.models.heads import Head
     from dager_tutorial.models.language_model import LanguageModel
     from dager_tutorial.reconstruction import Reconstruction
     from dager_tutorial.update import Update
@@ -72,29 +73,29 @@ def run_demo(console: Console, model: LanguageModel, batch_size: int, seed: int)
     console.print(
         display.opening("DAGER: what a gradient gives away", OPENING.format(model=model.name, size=batch_size))
     )
-    update, truth, captured = _captured(model, batch_size, seed)
+    update, truth, head, captured = _captured(model, batch_size, seed)
     _show_received(console, model, update)
     with progress() as advance:
-        found = attack(model, update, progress=advance)
+        found = attack(model, update, head=head, progress=advance)
     points = score(found, truth)
     _show_recovered(console, found, points, captured)
     return found.to_json() | points.to_json()
 
 
-def _captured(model: LanguageModel, batch_size: int, seed: int) -> tuple[Update, Truth, float]:
-    """The client's part: its update, the truth for the score, and the seconds that it took."""
+def _captured(model: LanguageModel, batch_size: int, seed: int) -> tuple[Update, Truth, Head, float]:
+    """The client's part: its update, the truth for the score, the head that it got, and the seconds that it took."""
     from dager_tutorial.client.config import ClientConfig
-    from dager_tutorial.client.step import play
+    from dager_tutorial.client.step import head_of, play
     from dager_tutorial.data import load_texts
 
     notes = load_texts("notes")[:batch_size]
     texts, labels = [note.text for note in notes], [note.label for note in notes]
-    start = time.perf_counter()
+    config, start = ClientConfig(share="attention", seed=seed), time.perf_counter()
     with waiting("the client computes its update"):
-        update, truth = play(model, texts, labels, config=ClientConfig(share="attention", seed=seed))
+        update, truth = play(model, texts, labels, config=config)
     captured = time.perf_counter() - start
     _return_memory()
-    return update, truth, captured
+    return update, truth, head_of(config, labels), captured
 
 
 def _return_memory() -> None:

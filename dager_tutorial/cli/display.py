@@ -39,7 +39,8 @@ CERTAINTIES = {  # by what a text is confirmed: the colour, and what it means
     "guess": ("red", "nothing: the likeliest answer"),
     "-": ("dim", "not said"),
 }
-STAGES = ("subspace", "filter", "search")
+SEARCH_STAGES = ("subspace", "filter", "search")
+STAGES = (*SEARCH_STAGES, "completion")
 
 
 def printable(text: str) -> str:

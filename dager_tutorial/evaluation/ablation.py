@@ -148,7 +148,7 @@ def _plan(variant: str, cap: int, time_budget: float | None) -> Plan:
         return EncoderSearchOptions(cap=cap, remove_used=True, time_budget=time_budget)
     if variant not in WITHOUT:
         raise DagerError(f"variant {quote(variant)} is unknown: choose from {', '.join(VARIANTS)}")
-    return AttackConfig(time_budget=time_budget, without=WITHOUT[variant])
+    return AttackConfig(time_budget=time_budget, without=WITHOUT[variant], complete=False)
 
 
 def _runs(

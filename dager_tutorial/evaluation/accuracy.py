@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dager_tutorial.client.batch import Truth
 from dager_tutorial.client.config import ClientConfig
-from dager_tutorial.client.step import play
+from dager_tutorial.client.step import head_of, play
 from dager_tutorial.evaluation.metrics import score, wanted
 from dager_tutorial.evaluation.rows import distinct_rows
 from dager_tutorial.models import adapter_for
@@ -45,6 +45,8 @@ class AccuracyRun:
         n_tokens: Number of tokens that the client trained on.
         rows: Different rows to find: beginnings of texts for a causal model, tokens of different texts for an encoder.
         exact: Fraction of the texts recovered exactly.
+        counted: Fraction of the texts that came back as often as they occur.
+        labelled: The same with the right label.
         false: Number of recovered sequences that are no text of the batch.
         rouge1: ROUGE-1 of the assigned pairs, 0 to 1.
         rouge2: ROUGE-2 likewise.
@@ -59,6 +61,8 @@ class AccuracyRun:
     n_tokens: int
     rows: int
     exact: float
+    counted: float
+    labelled: float
     false: int
     rouge1: float
     rouge2: float
@@ -95,7 +99,8 @@ def bench_accuracy(
     causal = adapter_for(model.network).causal
     for batch in batches:
         update, truth = play(model, batch.texts, batch.labels, config=config)
-        yield compared(attack(model, update, progress=progress), truth, batch, causal=causal)
+        head = head_of(config, truth.labels)
+        yield compared(attack(model, update, head=head, progress=progress), truth, batch, causal=causal)
 
 
 def compared(found: Reconstruction, truth: Truth, batch: Batch, *, causal: bool) -> AccuracyRun:
@@ -115,6 +120,8 @@ def compared(found: Reconstruction, truth: Truth, batch: Batch, *, causal: bool)
         n_tokens=points.n_tokens,
         rows=distinct_rows(truth.sequences, causal=causal),
         exact=points.exact,
+        counted=points.counted,
+        labelled=points.labelled,
         false=len(set(found.sequences) - set(wanted(found, truth))),
         rouge1=points.rouge1,
         rouge2=points.rouge2,

@@ -22,7 +22,7 @@ from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.attack import attack
-from dager_tutorial.server.budget import Progress
+from dager_tutorial.server.budget import AttackConfig, Progress
 from dager_tutorial.textbook.decoder import textbook_attack
 
 
@@ -100,8 +100,9 @@ def bench_decoder(
         raise DagerError(f"model {model.name!r} is an encoder: use dager bench encoder")
     warm_up(model.device)
     client = timed(lambda: play(model, texts, labels))
+    search_only = AttackConfig(complete=False)  # the textbook does no more
     update, truth = client.result
-    fast = timed(lambda: attack(model, update, progress=labelled(progress, "attack")))
+    fast = timed(lambda: attack(model, update, config=search_only, progress=labelled(progress, "attack")))
     slow = timed(lambda: textbook_attack(model, update, progress=labelled(progress, "textbook"))) if textbook else None
     return DecoderBenchmark(
         model=model.name,

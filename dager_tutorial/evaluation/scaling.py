@@ -17,7 +17,7 @@ from dager_tutorial.evaluation.timing import labelled, timed, warm_up
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.attack import SEARCH_STAGES, attack
-from dager_tutorial.server.budget import Progress
+from dager_tutorial.server.budget import AttackConfig, Progress
 
 SHORTEST = 1e-3
 """Seconds below which a stage says nothing of its growth."""
@@ -66,7 +66,7 @@ def bench_scaling(
     *,
     progress: Progress | None = None,
 ) -> Iterator[ScalingRun]:
-    """Time the attack on several batches, usually growing ones: classification gradients of any model.
+    """Time the search on several batches, usually growing ones: classification gradients of any model.
 
     The peak memory of each is that of the process so far, so that it only tells in order of size.
 
@@ -82,9 +82,12 @@ def bench_scaling(
         DagerError: A batch cannot be used.
     """
     warm_up(model.device)
+    search_only = AttackConfig(complete=False)
     for texts, labels in batches:
         update, truth = play(model, texts, labels)
-        spent = timed(functools.partial(attack, model, update, progress=labelled(progress, "attack")))
+        spent = timed(
+            functools.partial(attack, model, update, config=search_only, progress=labelled(progress, "attack"))
+        )
         yield ScalingRun(
             model=model.name,
             batch_size=len(texts),

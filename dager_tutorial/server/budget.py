@@ -44,7 +44,7 @@ class AttackConfig:
     memory_mb: int = 512
     without: frozenset[str] = frozenset()
     stop: Callable[[], bool] | None = None
-    complete: bool = False
+    complete: bool = True
 
     def __post_init__(self) -> None:
         """Refuse budgets that no run can keep."""

@@ -74,7 +74,7 @@ class Constants:
     usual_sample: int = _constant(512, "extensions that tell which leverages are usual at a position", "statistics")
     widest: int = _constant(128, "prefixes of one length that a search by leverage keeps at most", "cost")
     # Completion
-    tokens_trained_at_once: int = _constant(1024, "tokens for which the client's step is repeated at once", "cost")
+    tokens_trained_at_once: int = _constant(128, "tokens for which the client's step is repeated at once", "cost")
     most_copies: int = _constant(8, "copies of one text, and texts for each distinct one, that are tried", "cost")
     finest_count: float = _constant(1e-5, "error of a count that is tried first", "measured: 1e-7 to 1e-5")
     coarser: float = _constant(6.0, "factor from one error of a count to the next that is tried", "chosen")

@@ -117,13 +117,11 @@ def peeled(evidence: Evidence, ledger: Ledger, first: Outcome, search: Search, b
     if unexplained is None or not (exact or explains(unexplained, evidence.precision)):
         return None  # in 16 bits a weight proves nothing alone
     texts = _entered(ledger, found)
+    if ledger.complete and explains(unexplained, evidence.precision):
+        return Outcome(*_explained(first, ledger, unexplained), tuple(texts), size=ledger.size, unexplained=unexplained)
     # A client that scales its update has the right rest under a size that the counts do not fill: that proves nothing.
-    if not (ledger.complete and explains(unexplained, evidence.precision)):
-        texts += [text for text in first.texts if text.tokens not in ledger.texts]
-        size, verdict = None, _partial(ledger, unexplained, late=budget.late)
-    else:
-        size, verdict = ledger.size, _explained(first, ledger, unexplained)
-    return Outcome(*verdict, tuple(texts), size=size, unexplained=unexplained)
+    texts += [text for text in first.texts if text.tokens not in ledger.texts]
+    return Outcome(*_partial(first, ledger, unexplained, late=budget.late), tuple(texts), unexplained=unexplained)
 
 
 def _entered(ledger: Ledger, found: Mapping[Ids, FoundText]) -> list[FoundText]:
@@ -147,8 +145,10 @@ def _explained(first: Outcome, ledger: Ledger, unexplained: float) -> tuple[Stat
     return (first.status if first.status.rows_explained else Status.ENDS_CONFIRMED), reason
 
 
-def _partial(ledger: Ledger, unexplained: float, *, late: bool) -> tuple[Status, str]:
-    """The verdict where something is."""
+def _partial(first: Outcome, ledger: Ledger, unexplained: float, *, late: bool) -> tuple[Status, str]:
+    """The verdict where something is: that of the search, where it has found all."""
     number = sum(map(len, ledger.classes.values()))
-    reason = f"{number} of about {ledger.size} texts are weighed; {min(unexplained, 1.0):.0%} of the update is not explained"
+    reason = f"{number} of about {ledger.size} texts are weighed; {min(unexplained, 1.0):.0%} of the update is left"
+    if first.status.rows_explained or first.status is Status.ENDS_CONFIRMED:
+        return first.status, f"{first.diagnosis}; but {reason}: it was scaled, clipped or computed in another way"
     return (Status.OUT_OF_TIME if late else Status.PARTIAL), reason
