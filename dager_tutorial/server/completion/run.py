@@ -63,9 +63,25 @@ def completed(
     heads = [head] if head is not None else plausible_heads(update, evidence.adapter)
     with evidence.watch.stage("completion"):
         better = next(filter(None, map(under, heads)), None)
-        if better is None and heads[0].task == "classification":
-            better = _with_another_head(model, update, evidence, outcome, under)
+        if heads[0].task == "classification" and (better is None or _doubtful(outcome, better)):
+            other = _with_another_head(model, update, evidence, outcome, under)
+            better = min(filter(None, (better, other)), key=_left, default=None)
     return better or outcome
+
+
+def _doubtful(outcome: Outcome, better: Outcome) -> bool:
+    """Whether a head that was named leaves much though no text is missing: the client may have had another."""
+    return _claims_all(outcome.status) and better.size is None
+
+
+def _claims_all(status: Status) -> bool:
+    """Whether a search says that it has found all."""
+    return status.rows_explained or status is Status.ENDS_CONFIRMED
+
+
+def _left(outcome: Outcome) -> float:
+    """The share of the update that is not explained."""
+    return 1.0 if outcome.unexplained is None else outcome.unexplained
 
 
 def _with_another_head(
@@ -116,7 +132,7 @@ def peeled(evidence: Evidence, ledger: Ledger, first: Outcome, search: Search, b
     exact = torch.finfo(evidence.precision).eps < constants().certified
     if unexplained is None or not (exact or explains(unexplained, evidence.precision)):
         return None  # in 16 bits a weight proves nothing alone
-    texts = _entered(ledger, found)
+    texts = _entered(ledger, found, labelled=unexplained < 1.0)
     if ledger.complete and explains(unexplained, evidence.precision):
         return Outcome(*_explained(first, ledger, unexplained), tuple(texts), size=ledger.size, unexplained=unexplained)
     # A client that scales its update has the right rest under a size that the counts do not fill: that proves nothing.
@@ -124,12 +140,13 @@ def peeled(evidence: Evidence, ledger: Ledger, first: Outcome, search: Search, b
     return Outcome(*_partial(first, ledger, unexplained, late=budget.late), tuple(texts), unexplained=unexplained)
 
 
-def _entered(ledger: Ledger, found: Mapping[Ids, FoundText]) -> list[FoundText]:
-    """The texts of the account with labels, counts, and the map that confirms them besides what did before."""
+def _entered(ledger: Ledger, found: Mapping[Ids, FoundText], *, labelled: bool) -> list[FoundText]:
+    """The texts of the account with the map that confirms them besides what did before, and with labels and counts."""
     texts = []
     for text, classes in ledger.classes.items():
         by = Confirmation(Certainty.WHOLE, tuple(dict.fromkeys((*found[text].confirmation.taps, ledger.tap))))
-        texts.append(replace(found[text], confirmation=by, labels=classes, copies=len(classes)))
+        one = replace(found[text], confirmation=by)
+        texts.append(replace(one, labels=classes, copies=len(classes)) if labelled else one)
     return texts
 
 
@@ -149,6 +166,6 @@ def _partial(first: Outcome, ledger: Ledger, unexplained: float, *, late: bool) 
     """The verdict where something is: that of the search, where it has found all."""
     number = sum(map(len, ledger.classes.values()))
     reason = f"{number} of about {ledger.size} texts are weighed; {min(unexplained, 1.0):.0%} of the update is left"
-    if first.status.rows_explained or first.status is Status.ENDS_CONFIRMED:
+    if _claims_all(first.status):
         return first.status, f"{first.diagnosis}; but {reason}: it was scaled, clipped or computed in another way"
     return (Status.OUT_OF_TIME if late else Status.PARTIAL), reason
