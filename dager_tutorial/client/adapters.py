@@ -147,7 +147,6 @@ def _peft_config(model: LanguageModel, config: LoraConfig) -> Any:
         target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
         init_lora_weights=True if config.init == "default" else config.init,
         fan_in_fan_out=model.network.config.model_type == "gpt2",
-        base_model_name_or_path=model.name,
     )
 
 

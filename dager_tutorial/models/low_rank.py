@@ -50,6 +50,12 @@ class LowRank:
         """The adapter's rank r."""
         return len(self.down)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of `B A`, stored as the frozen weight is."""
+        shape = (self.up.shape[0], self.down.shape[1])
+        return shape[::-1] if self.input_first else shape
+
     def merged(self) -> Float[Tensor, "_ _"]:
         """`W + scaling * B A`, stored as the frozen weight is."""
         change = self.scaling * (self.up.double() @ self.down.double())
@@ -165,6 +171,10 @@ def maps_of(adapted: nn.Module, network: PreTrainedModel) -> dict[str, LowRank]:
         base = module.base_layer
         weights = (base.weight.detach(), down.weight.detach().clone(), module.lora_B[inner].weight.detach().clone())
         found[key] = LowRank(*weights, float(module.scaling[inner]), type(base).__name__ == "Conv1D")
+        if found[key].shape != tuple(base.weight.shape):
+            raise ModelError(
+                f"the adapter of {quote(name)} does not have its map's shape: choose another initialisation"
+            )
     if not found:
         raise ModelError("the model holds no LoRA adapter of this backbone: give what peft's get_peft_model returned")
     return found
