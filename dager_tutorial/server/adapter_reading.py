@@ -89,17 +89,25 @@ def low_rank_span(tap: Tap, gradients: Mapping[str, Tensor], maps: LowRankMaps, 
         values of a causal model have first tokens, whose queries have no gradient). None where nothing was shared, or
         all is zero.
     """
-    spans = [*_of_downs(tap, gradients, read), *_of_ups(tap, gradients, maps, read)]
+    spans = [*_of_downs(tap, gradients, maps, read), *_of_ups(tap, gradients, maps, read)]
     whole = max((span.rank for span in spans), default=0)
     return max(spans, key=lambda span: (not span.saturated, span.rank, span.free), default=None) if whole else None
 
 
-def _of_downs(tap: Tap, gradients: Mapping[str, Tensor], read: Reader) -> list[Span]:
+def _of_downs(tap: Tap, gradients: Mapping[str, Tensor], maps: LowRankMaps, read: Reader) -> list[Span]:
     """The span of A's gradients, stacked; nothing where a fused map holds more outputs than the tap's."""
-    names = [adapter_names(weight)[0] for weight in tap.parameters]
-    shared = [precise(gradients[name]) for name in names if name in gradients]
+    shared = [
+        _packed(precise(gradients[name]), precise(maps[weight.removesuffix(".weight")].up))
+        for weight in tap.parameters
+        if (name := adapter_names(weight)[0]) in gradients
+    ]
     span = read(torch.cat(shared)) if shared and tap.outputs is None else None
     return [] if span is None else [span]
+
+
+def _packed(gradient: Tensor, up: Tensor) -> Tensor:
+    """A's gradient (r x inputs), of a map with fewer outputs than r in as many rows, so that they tell what fits in."""
+    return torch.linalg.qr(up.T).Q.T @ gradient if len(up) < up.shape[1] else gradient
 
 
 def _of_ups(tap: Tap, gradients: Mapping[str, Tensor], maps: LowRankMaps, read: Reader) -> list[Span]:

@@ -119,8 +119,9 @@ class Span:
 
         One direction may stay free for another reason: a layer norm without bias removes it from every vector.
         """
-        full = self.rank >= self.width - 1 or self.outputs <= self.rank
-        return full or (not self.clear and self.rank >= constants().nearly_full * min(self.width, self.outputs))
+        room = min(self.width, self.outputs)  # a noise without a gap is told by many directions or not at all
+        most = min(constants().nearly_full * room, room - constants().oversampling)
+        return self.rank >= min(self.width - 1, self.outputs) or (not self.clear and self.rank >= most)
 
     @property
     def blurred(self) -> bool:
@@ -164,8 +165,7 @@ class Span:
     def random_ratio(self) -> float:
         """The z of a random direction: how far a vector lies outside that has nothing to do with the span."""
         leverage = self.strengths.square().reciprocal().sum().item() / self.width
-        expected = self.noise * leverage + self.arithmetic**2
-        return math.sqrt((1 - self.rank / self.width) / max(expected, 1e-300))
+        return math.sqrt((1 - self.rank / self.width) / max(self.noise * leverage + self.arithmetic**2, 1e-300))
 
     @property
     def between(self) -> float:
@@ -180,7 +180,7 @@ class Span:
         return self.bound * gain * math.sqrt(self.noise / weakest**2 + self.arithmetic**2)
 
     def pulled(self, directions: Float[Tensor, "inputs chosen"]) -> Float[Tensor, "_ chosen"]:
-        """Directions (float64) of a projected space as directions of the vectors, which see there the same."""
+        """Directions (float64) of a projected space as directions of the vectors themselves."""
         return directions if self.projection is None else self.projection.T @ directions
 
     def seen(self, vectors: Float[Tensor, "rows _"]) -> Float[Tensor, "rows inputs"]:
