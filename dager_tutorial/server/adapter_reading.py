@@ -85,13 +85,12 @@ def low_rank_span(tap: Tap, gradients: Mapping[str, Tensor], maps: LowRankMaps, 
 
     Returns:
         The inputs' own span, from A's gradients of all maps of the tap, or that of the inputs projected by one map's
-        A, from the gradient of its B: one with room left, and of those the one that holds most rows (the keys and
-        values of a causal model have first tokens, whose queries have no gradient). None where nothing was shared, or
+        A, from the gradient of its B: the one that holds most rows (the keys and values of a causal model have first
+        tokens, whose queries have no gradient), and of equals the one with most room. None where nothing was shared, or
         all is zero.
     """
     spans = [*_of_downs(tap, gradients, maps, read), *_of_ups(tap, gradients, maps, read)]
-    whole = max((span.rank for span in spans), default=0)
-    return max(spans, key=lambda span: (not span.saturated, span.rank, span.free), default=None) if whole else None
+    return max(spans, key=lambda span: (span.rank, not span.saturated, span.free), default=None)
 
 
 def _of_downs(tap: Tap, gradients: Mapping[str, Tensor], maps: LowRankMaps, read: Reader) -> list[Span]:
