@@ -63,6 +63,7 @@ def test_what_is_imported_is_declared():
         "teaching": "notebooks",
         "cli/picture.py": "notebooks",
         "challenges": "instructor",
+        "client/adapters.py": "adapters",
     }
     for file, distributions in IMPORTED.items():
         extra = extra_of.get(file) or extra_of.get(Path(file).parts[0])

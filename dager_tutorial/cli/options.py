@@ -1,7 +1,6 @@
 """The options of the command line: each list of them is a record, and stands here once.
 
-A command names the records that it wants in its signature; `flattened` turns their fields into its options and hands
-it the records that it built from the user's answers.
+`flattened` turns the records in a command's signature into its options, and hands it those built from the answers.
 """
 
 from __future__ import annotations
@@ -100,6 +99,7 @@ class ModelOptions:
     model_seed: Annotated[int, Option("--model-seed", help="Seed of the weights of a random: model.")] = 0
     device: Device = "cpu"
     blocks: Blocks = None
+    adapter: Annotated[Path | None, Option("--adapter", help="Folder of a LoRA adapter, as peft writes it.")] = None
     stream: Annotated[
         bool | None,
         Option(help="Read deeper blocks from disk each time they run; by default where the model is large for memory."),
@@ -115,9 +115,8 @@ class ModelOptions:
 
             if self.threads is not None:
                 torch.set_num_threads(self.threads)
-            return load_model(
-                self.model, device=self.device, seed=self.model_seed, blocks=self.blocks, stream=self.stream
-            )
+            load = functools.partial(load_model, self.model, device=self.device, seed=self.model_seed)
+            return load(blocks=self.blocks, stream=self.stream, adapter=self.adapter)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from dager_tutorial.cli.options import (
     flattened,
 )
 from dager_tutorial.cli.progress import progress, stoppable, waiting
+from dager_tutorial.errors import DagerError
 
 if TYPE_CHECKING:
     from dager_tutorial.evaluation.metrics import Score
@@ -36,7 +37,12 @@ if TYPE_CHECKING:
     from dager_tutorial.server.budget import AttackConfig
     from dager_tutorial.update import Update
 
-UpdateFile = Annotated[Path, Argument(metavar="UPDATE", help="A safetensors file of named gradients.")]
+UpdateFile = Annotated[
+    Path, Argument(metavar="UPDATE", help="A safetensors file of named gradients, or a checkpoint's optimizer.pt.")
+]
+Before = Annotated[
+    Path | None, Option("--before", help="The optimizer.pt of one step earlier, where UPDATE is a later one.")
+]
 COMPUTING = "computing the client's update"
 
 
@@ -71,17 +77,15 @@ def recover(
     update: UpdateFile,
     model: ModelOptions,
     head: HeadOptions,
+    before: Before = None,
     completion: Completion = True,
     time_budget: TimeBudget = None,
     seed: Seed = 0,
     results: OutputOptions,
 ) -> None:
     """Play the server: recover the batch from an update file, the model and its head, and from nothing else."""
-    from dager_tutorial.update import Update
-
-    limits, loaded = _limits(seed, time_budget, completion), Update.load(update)
-    known = head.load(seed)
-    found = _attacked(model.load(), loaded, known, limits)
+    limits, known = _limits(seed, time_budget, completion), head.load(seed)
+    found = _attacked(*_received(update, model, before), known, limits)
     table = display.recovered_table(found) if found.sequences else "nothing was recovered"
     results.finish(found.to_json(), display.status_lines(found), table, display.times_table(found.seconds))
 
@@ -134,15 +138,30 @@ def attack(
 
 
 @flattened
-def inspect(*, update: UpdateFile, model: ModelOptions, seed: Seed = 0, results: OutputOptions) -> None:
+def inspect(
+    *, update: UpdateFile, model: ModelOptions, before: Before = None, seed: Seed = 0, results: OutputOptions
+) -> None:
     """Show an update's ranks, noise floors and what can be expected of an attack."""
     from dager_tutorial.server.inspection import inspect_update
-    from dager_tutorial.update import Update
 
-    loaded = Update.load(update)
-    inspection = inspect_update(model.load(), loaded)
+    language_model, loaded = _received(update, model, before)
+    inspection = inspect_update(language_model, loaded)
     about = display.facts({"update": update, "kind": loaded.kind, "tensors": len(loaded.gradients)})
     results.finish(inspection.to_json(), about, display.ranks_table(inspection.rows), inspection.verdict)
+
+
+def _received(path: Path, model: ModelOptions, before: Path | None) -> tuple[LanguageModel, Update]:
+    """The model and the update, which a checkpoint's optimiser state names by the model's parameters."""
+    from dager_tutorial.optimizer_state import is_optimizer_state, update_of_state
+    from dager_tutorial.update import Update
+
+    if is_optimizer_state(path):
+        language_model = model.load()
+        return language_model, update_of_state(language_model, path, before)
+    if before is not None:
+        raise DagerError("--before belongs to an optimizer.pt: an update file needs none")
+    loaded = Update.load(path)
+    return model.load(), loaded
 
 
 def _limits(seed: int, time_budget: float | None, complete: bool) -> AttackConfig:

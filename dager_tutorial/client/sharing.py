@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from dager_tutorial.errors import DagerError, quote
 from dager_tutorial.models.adapter import Adapter
+from dager_tutorial.models.low_rank import part_of, wire_name
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
 from dager_tutorial.stopwatch import available_memory
 
@@ -25,7 +26,7 @@ def shared_parameters(client: PreTrainedModel, adapter: Adapter, share: str | Se
     Raises:
         DagerError: A name is no parameter of the client's.
     """
-    parameters = dict(client.named_parameters())
+    parameters = _trained(client)
     if share == "all":
         return parameters
     if share == "attention":
@@ -59,6 +60,19 @@ def check_memory(shared: dict[str, nn.Parameter], share: str | Sequence[str]) ->
             f"the gradients of share {quote(share)} take {wanted / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
             "share fewer, such as 'layers.0.self_attn.*' (in any model: names with * for what varies)"
         )
+
+
+def _trained(client: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """What a client may send: all parameters; beside an adapter A, B and the head, by the names of peft's files."""
+    parameters = dict(client.named_parameters())
+    if not any(map(part_of, parameters)):
+        return parameters
+    frozen = f"{client.base_model_prefix}."
+    return {
+        wire_name(name): parameter
+        for name, parameter in parameters.items()
+        if part_of(name) or not name.startswith(frozen)
+    }
 
 
 def _attention_parameters(adapter: Adapter) -> set[int]:

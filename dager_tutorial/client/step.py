@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dager_tutorial.client.adapters import with_adapter
 from dager_tutorial.client.batch import Padded, PrivateBatch, Truth, pad, read_batch
 from dager_tutorial.client.config import DTYPES, ClientConfig
 from dager_tutorial.client.masking import IGNORED
@@ -96,6 +97,8 @@ def head_of(config: ClientConfig, labels: Sequence[int] | None = None) -> Head:
 def _update(model: LanguageModel, batch: PrivateBatch, config: ClientConfig) -> Update:
     """Forward and backward pass of the client's network."""
     backbone = in_dtype(model.network, getattr(torch, config.dtype))
+    if model.adapter:
+        backbone = with_adapter(backbone, model.adapter)
     adapter = adapter_for(backbone)
     client = with_head(backbone, model.tokenizer, head_of(config, batch.labels))
     token = pad_for(client.config, model.tokenizer, {ids[-1] for ids in batch.inputs})

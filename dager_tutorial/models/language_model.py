@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dager_tutorial.models.low_rank import LowRankMaps, maps_of, merged
 
 
 @dataclass(frozen=True)
@@ -18,11 +21,14 @@ class LanguageModel:
         network: The backbone, in eval mode, float32, no parameter requiring a gradient. The numbers of its deeper
             blocks may be out of memory while they do not run (`streaming`).
         tokenizer: Its tokenizer.
+        adapter: The low-rank adapter that the server broadcast and the client trains, by module; the network then has
+            the merged weights. Empty where the network itself is trained.
     """
 
     name: str
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    adapter: LowRankMaps = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -33,6 +39,21 @@ class LanguageModel:
     def hidden_size(self) -> int:
         """Width of the hidden states."""
         return int(self.network.config.hidden_size)
+
+    def adapted(self, maps: LowRankMaps | nn.Module) -> LanguageModel:
+        """The same model with a low-rank adapter, its weights merged (chapter `11_limits`).
+
+        Args:
+            maps: The adapted maps by module, or the model that peft made of this one.
+
+        Raises:
+            ModelError: It is no LoRA adapter of this model.
+
+        Returns:
+            A model that shares all other weights with this one.
+        """
+        given = maps_of(maps, self.network) if isinstance(maps, nn.Module) else maps
+        return LanguageModel(self.name, merged(self.network, given), self.tokenizer, given)
 
     def text_of(self, ids: Iterable[int]) -> str:
         """The text of some tokens, without what frames it; unknown words and masks are shown.

@@ -19,7 +19,7 @@ from dager_tutorial.server.decoder.run import recover_prefixes
 from dager_tutorial.server.encoder.run import recover_texts
 from dager_tutorial.server.evidence import Evidence, evidence_of
 from dager_tutorial.server.outcome import Outcome
-from dager_tutorial.server.verdict import unreadable
+from dager_tutorial.server.verdict import of_adapter, unreadable
 from dager_tutorial.stopwatch import Stopwatch, peak_memory_mb
 from dager_tutorial.update import Update
 
@@ -60,7 +60,7 @@ def attack(
     evidence = evidence_of(model, update, watch)
     search = partial(_searched, budget=budget, config=config)
     outcome = search(evidence)
-    if config.complete:
+    if config.complete and not evidence.maps:  # a step of an adapter is not simulated
         outcome = completed(model, update, head, evidence, search, outcome, budget)
     return _reconstruction(model, evidence, outcome)
 
@@ -71,8 +71,8 @@ def _searched(evidence: Evidence, budget: Budget, config: AttackConfig) -> Outco
     if nothing is not None:
         return nothing
     if isinstance(evidence.adapter, DecoderAdapter):
-        return recover_prefixes(evidence, budget)
-    return recover_texts(evidence, budget, config.without, hand_over=config.complete)
+        return of_adapter(evidence, recover_prefixes(evidence, budget))
+    return of_adapter(evidence, recover_texts(evidence, budget, config.without, hand_over=config.complete))
 
 
 def _reconstruction(model: LanguageModel, evidence: Evidence, outcome: Outcome) -> Reconstruction:

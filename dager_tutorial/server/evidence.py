@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,9 @@ from torch import Tensor
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.adapter import Adapter
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.models.tap import QKV, QUERY, Tap
+from dager_tutorial.models.low_rank import LowRankMaps
+from dager_tutorial.models.tap import QKV, QUERY, Tap, precise
+from dager_tutorial.server.adapter_reading import adapter_gradients, adapter_names, low_rank_span
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
 from dager_tutorial.server.reading import span_of
@@ -35,6 +38,7 @@ class Evidence:
         adapter: The architecture.
         gradients: Gradients by backbone parameter name.
         precision: The coarsest dtype among them, and that block 0's numbers show, whatever they are stored in.
+        maps: The low-rank adapter that the update is of, by module; empty for gradients of the weights themselves.
         watch: Credits the time that reading takes to the stage `subspace`.
         spans: What was read, None where nothing was shared or all is zero.
         rounding: How many times larger the errors of the gradients are than those of storing them, at least.
@@ -44,6 +48,7 @@ class Evidence:
     gradients: Mapping[str, Tensor]
     precision: torch.dtype
     watch: Stopwatch = field(default_factory=Stopwatch)
+    maps: LowRankMaps = field(default_factory=dict)
     spans: dict[Tap, Span | None] = field(default_factory=dict)
     rounding: float = 1.0
     _errors: dict[Tap, float] = field(default_factory=dict)
@@ -58,12 +63,13 @@ class Evidence:
 
     def _read(self, tap: Tap) -> Span | None:
         gradient = tap.gradient(self.gradients)
-        if gradient is None:
+        if gradient is None and not self.maps:
             return None
         epsilon = torch.finfo(self.precision).eps * self.rounding
         device = self.adapter.first_input.tokens.device
         arithmetic, guess = self.arithmetic(tap), self._guess(tap)
-        return span_of(gradient, precision=epsilon, arithmetic=arithmetic, device=device, guess=guess)
+        read = partial(span_of, precision=epsilon, arithmetic=arithmetic, device=device, guess=guess)
+        return low_rank_span(tap, self.gradients, self.maps, read) if gradient is None else read(gradient)
 
     def _guess(self, tap: Tap) -> int:
         """About how many rows a tap has: as many as others before it, but for the last block's, which has few."""
@@ -133,13 +139,20 @@ class Evidence:
         rest = {name: tensor.to(self.adapter.first_input.tokens.device) for name, tensor in gradients.items()}
         # What is left keeps the rounding of all that was added up, twice: the client's and that of the simulation.
         rounding = constants().largest_rounding
-        return Evidence(self.adapter, rest, self.precision, self.watch, rounding=rounding, _errors=self._errors)
+        return Evidence(
+            self.adapter, rest, self.precision, self.watch, self.maps, rounding=rounding, _errors=self._errors
+        )
+
+    def shared(self, tap: Tap) -> set[str]:
+        """Those weights of a tap of which something was shared: their own gradient, or that of their adapter."""
+        return {each for each in tap.parameters if {each, *adapter_names(each)} & self.gradients.keys()}
 
     @property
     def used(self) -> set[str]:
         """Names of the parameters whose gradients were read so far."""
         read = (tap for tap, span in self.spans.items() if span is not None)
-        return {name for tap in read for name in tap.parameters if name in self.gradients}
+        names = {name for tap in read for weight in tap.parameters for name in (weight, *adapter_names(weight))}
+        return names & self.gradients.keys()
 
     @property
     def parameters_used(self) -> int:
@@ -160,13 +173,16 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
         ModelError: The architecture has no adapter.
     """
     adapter = adapter_for(model.network)
-    gradients = {name: tensor.to(model.device) for name, tensor in update.for_backbone(model.network).items()}
+    adapted = adapter_gradients(update, model)
+    own = adapted or update.for_backbone(model.network)
+    gradients = {name: tensor.to(model.device) for name, tensor in own.items()}
     kinds = [tensor.dtype for tensor in gradients.values()]
-    first = adapter.tap(0, QKV).gradient(gradients)
-    if first is not None:
-        kinds.append(_narrowest(first))
+    weights = adapter.tap(0, QKV).parameters
+    first = [gradients[name] for each in weights for name in (each, *adapter_names(each)) if name in gradients]
+    if first:
+        kinds.append(_narrowest(torch.cat([precise(each).flatten() for each in first])))
     coarsest = max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
-    return Evidence(adapter, gradients, coarsest, watch or Stopwatch())
+    return Evidence(adapter, gradients, coarsest, watch or Stopwatch(), model.adapter if adapted else {})
 
 
 def _narrowest(gradient: Tensor) -> torch.dtype:

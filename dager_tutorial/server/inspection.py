@@ -18,7 +18,7 @@ class TapReport(NamedTuple):
 
     Attributes:
         tap: The tap.
-        shape: (outputs, inputs) of its stacked gradient.
+        shape: (outputs, inputs) of its stacked gradient; of an adapter's (outputs, r) where the inputs are projected.
         rank: Numerical rank.
         noise_floor: Relative noise: root mean square of a noise entry over that of a gradient entry.
         gap: Ratio of the last signal to the first noise singular value.
@@ -75,9 +75,10 @@ def inspect_update(model: LanguageModel, update: Update) -> Inspection:
 def _report(evidence: Evidence, tap: Tap) -> TapReport | None:
     """One tap's row, or None where nothing of it was shared."""
     gradient, span = tap.gradient(evidence.gradients), evidence.span(tap)
-    if gradient is None:
+    if not evidence.shared(tap):
         return None
-    shape = (gradient.shape[0], gradient.shape[1])
     if span is None:
+        shape = (0, 0) if gradient is None else (gradient.shape[0], gradient.shape[1])
         return TapReport(tap, shape, 0, 0.0, 1.0, saturated=False)
+    shape = (span.outputs, span.width) if gradient is None else (gradient.shape[0], gradient.shape[1])
     return TapReport(tap, shape, span.rank, span.noise_floor, span.gap, span.saturated)

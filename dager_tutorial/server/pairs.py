@@ -182,9 +182,10 @@ class Forms:
 
     Args:
         source: Factors of block 0's attention input.
-        directions: float32 or float64, width x directions, orthonormal.
+        directions: float32 or float64, width x directions, orthonormal (in the projected space, if there is one).
         weights: Of the directions' squares in the leverage, in the same dtype.
         budget: What it may cost.
+        projection: What vectors are projected by before they are tested; None for the vectors themselves.
     """
 
     def __init__(
@@ -193,8 +194,10 @@ class Forms:
         directions: Float[Tensor, "width directions"],
         weights: Float[Tensor, " directions"],
         budget: Budget,
+        projection: Float[Tensor, "r width"] | None = None,
     ) -> None:
         self.source, self.directions, self.weights, self.budget = source, directions, weights, budget
+        self.projection = None if projection is None else projection.T.to(directions)
         self.lengths = Lengths(source)
         count = budget.chunk(directions.element_size() * sum(directions.shape))
         self.parts = [slice(start, start + count) for start in range(0, len(source.tokens), count)]
@@ -217,6 +220,12 @@ class Forms:
                 return
             images = self._images(rows)
             scales = self.lengths.scales(places, rows)
-            size = self.lengths.squares(places, scales, rows)
+            size = self._size(places, scales, rows)
             inside, leverage = (images.squares(places, scales, weights) for weights in (None, self.weights))
             yield Pairs(rows.start, size, inside, leverage)
+
+    def _size(self, places: Tensor, scales: Tensor, rows: slice) -> Tensor:
+        """Squared lengths of the vectors, as they are tested."""
+        if self.projection is None:
+            return self.lengths.squares(places, scales, rows)
+        return Images.of(self.source, self.projection, rows).squares(places, scales).values.float()

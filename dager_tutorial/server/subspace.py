@@ -40,6 +40,7 @@ class Span:
         device: Where vectors are tested; None for where the directions are, which need float64.
         matrix: float64, the scaled gradient; of use only where the whole spectrum is not known yet.
         known: The whole spectrum, where it was computed.
+        projection: A, where the span is that of projected vectors A x, which are projected before they are tested.
     """
 
     signal: Float[Tensor, "inputs rank"]
@@ -50,6 +51,7 @@ class Span:
     device: torch.device | None = None
     matrix: Float[Tensor, "outputs inputs"] | None = None
     known: Spectrum | None = None
+    projection: Float[Tensor, "inputs vectors"] | None = None
 
     @classmethod
     def cut(
@@ -117,8 +119,9 @@ class Span:
 
         One direction may stay free for another reason: a layer norm without bias removes it from every vector.
         """
-        full = self.rank >= self.width - 1 or self.outputs <= self.rank
-        return full or (not self.clear and self.rank >= constants().nearly_full * self.width)
+        room = min(self.width, self.outputs)  # a noise without a gap is told by many directions or not at all
+        most = min(constants().nearly_full * room, room - constants().oversampling)
+        return self.rank >= min(self.width - 1, self.outputs) or (not self.clear and self.rank >= most)
 
     @property
     def blurred(self) -> bool:
@@ -162,8 +165,7 @@ class Span:
     def random_ratio(self) -> float:
         """The z of a random direction: how far a vector lies outside that has nothing to do with the span."""
         leverage = self.strengths.square().reciprocal().sum().item() / self.width
-        expected = self.noise * leverage + self.arithmetic**2
-        return math.sqrt((1 - self.rank / self.width) / max(expected, 1e-300))
+        return math.sqrt((1 - self.rank / self.width) / max(self.noise * leverage + self.arithmetic**2, 1e-300))
 
     @property
     def between(self) -> float:
@@ -174,7 +176,16 @@ class Span:
     def worst(self) -> float:
         """The largest residual a true row of length 1 may have: where the weakest direction makes all of it up."""
         weakest = self.strengths[-1].item() if self.rank else 1.0
-        return self.bound * math.sqrt(self.noise / weakest**2 + self.arithmetic**2)
+        gain = 1.0 if self.projection is None else torch.linalg.matrix_norm(self.projection, 2).item()
+        return self.bound * gain * math.sqrt(self.noise / weakest**2 + self.arithmetic**2)
+
+    def pulled(self, directions: Float[Tensor, "inputs chosen"]) -> Float[Tensor, "_ chosen"]:
+        """Directions (float64) of a projected space as directions of the vectors themselves."""
+        return directions if self.projection is None else self.projection.T @ directions
+
+    def seen(self, vectors: Float[Tensor, "rows _"]) -> Float[Tensor, "rows inputs"]:
+        """Vectors (float32) as they are tested: projected, where the span is of projected ones."""
+        return vectors.float() if self.projection is None else vectors.float() @ self.projection.T.to(vectors).float()
 
     @cached_property
     def _basis(self) -> Tensor:
@@ -198,7 +209,7 @@ class Span:
         # Coefficients are rounded as their vectors are long, and the error lies inside the span: once more removes it.
         return torch.addmm(rest, rest @ self._basis, self._basis.T, alpha=-1).square().sum(1)
 
-    def ratio(self, vectors: Float[Tensor, "rows inputs"]) -> Float[Tensor, " rows"]:
+    def ratio(self, vectors: Float[Tensor, "rows _"]) -> Float[Tensor, " rows"]:
         """Residual of each vector in units of the residual that a true row has: z.
 
         First-order perturbation theory: a row x = u M of the noisy gradient M carries the noise of the outputs that
@@ -211,7 +222,7 @@ class Span:
         Returns:
             float32; infinite for a zero vector.
         """
-        vectors = vectors.float()
+        vectors = self.seen(vectors)
         coefficients = vectors @ self._basis
         leverage = (coefficients * self._weights).square().sum(1)
         size = vectors.square().sum(1)
@@ -219,7 +230,7 @@ class Span:
         outside = self._outside(vectors, coefficients)
         return torch.where(size > 0, (outside / expected.clamp(min=1e-37)).sqrt(), math.inf)
 
-    def holds(self, vectors: Float[Tensor, "rows inputs"]) -> Bool[Tensor, " rows"]:
+    def holds(self, vectors: Float[Tensor, "rows _"]) -> Bool[Tensor, " rows"]:
         """The hard test: which vectors are rows, as far as the residual tells.
 
         The same as `log_odds(vectors) >= least_log_odds`, without the logarithm.
@@ -227,7 +238,7 @@ class Span:
         ratio = self.ratio(vectors)
         return (precise(ratio) <= self.bound).to(ratio.device)  # beside float32 numbers the bound would be rounded
 
-    def log_odds(self, vectors: Float[Tensor, "rows inputs"]) -> Float[Tensor, " rows"]:
+    def log_odds(self, vectors: Float[Tensor, "rows _"]) -> Float[Tensor, " rows"]:
         """Log-odds (float64) that each vector was a row against that it was not, from its residual.
 
         See `odds.residual_log_odds`. Where the span is saturated there is no residual: `Evidence.log_odds` asks the
@@ -240,7 +251,7 @@ class Span:
         """The log-odds at which the hard test draws its line."""
         return least_log_odds(self.random_ratio)
 
-    def log_leverage(self, vectors: Float[Tensor, "rows inputs"]) -> Float[Tensor, " rows"]:
+    def log_leverage(self, vectors: Float[Tensor, "rows _"]) -> Float[Tensor, " rows"]:
         """Logarithm of the leverage of each vector over all directions, signal or not (chapter `11_limits`).
 
         The leverage `sum_j (x . v_j)^2 / s_j^2` is the smallest squared weight |u|^2 with which the gradient's outputs
@@ -252,7 +263,7 @@ class Span:
         Returns:
             float32, of the vectors scaled to length 1.
         """
-        vectors, weights = vectors.float(), self.leverage_weights.sqrt()
+        vectors, weights = self.seen(vectors), self.leverage_weights.sqrt()
         leverage = (vectors @ (self.directions * weights).float().to(self._basis.device)).square().sum(1)
         return leverage.clamp(min=1e-37).log() - vectors.square().sum(1).clamp(min=1e-37).log()
 
@@ -262,7 +273,7 @@ class Span:
         least = self.singular_values[0] * constants().projection_error
         return self.singular_values.clamp(min=least) ** -2
 
-    def screen(self, count: int, generator: torch.Generator) -> Float[Tensor, "inputs chosen"]:
+    def screen(self, count: int, generator: torch.Generator) -> Float[Tensor, "_ chosen"]:
         """Random directions of the complement, scaled so that the projection keeps a residual's expected square.
 
         Args:
@@ -273,7 +284,7 @@ class Span:
             float32.
         """
         scale = math.sqrt(max(self.free / count, 1.0))
-        return (self.outside(count, generator) * scale).float().to(self._basis.device)
+        return self.pulled(self.outside(count, generator) * scale).float().to(self._basis.device)
 
     def outside(self, count: int, generator: torch.Generator) -> Float[Tensor, "inputs chosen"]:
         """Random orthonormal directions (float64) of the complement; all of them where there are no more.

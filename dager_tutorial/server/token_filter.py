@@ -95,9 +95,9 @@ class _Exact:
     """
 
     def __init__(self, source: FirstInput, span: Span, budget: Budget) -> None:
-        basis = span.signal.float().to(source.tokens.device)
+        basis = span.pulled(span.signal).float().to(source.tokens.device)
         self.span = span
-        self.forms = Forms(source, basis, span.strengths.float().to(basis.device) ** -2, budget)
+        self.forms = Forms(source, basis, span.strengths.float().to(basis.device) ** -2, budget, span.projection)
 
     def passing(self, places: Float[Tensor, "places width"]) -> Int[Tensor, "pairs 2"]:
         """Pairs (token, index into `places`) that may be true; those that were tried before the time was spent."""
@@ -208,8 +208,9 @@ def filter_by_leverage(source: FirstInput, span: Span, budget: Budget) -> Candid
     See chapter `11_limits`.
     """
     exact = torch.float32 if source.tokens.device.type == "mps" else torch.float64  # squares cancel by far
-    directions, weights = (part.to(source.tokens.device, exact) for part in (span.directions, span.leverage_weights))
-    forms = Forms(source, directions, weights, budget)
+    parts = (span.pulled(span.directions), span.leverage_weights)
+    directions, weights = (part.to(source.tokens.device, exact) for part in parts)
+    forms = Forms(source, directions, weights, budget, span.projection)
     positions = source.positions
     places = source.tokens.new_zeros(1, source.tokens.shape[1]) if positions is None else positions
     found: list[Tensor] = []

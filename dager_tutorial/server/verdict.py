@@ -9,6 +9,8 @@ is at most the number of true rows. Where as many rows are confirmed as the rank
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dager_tutorial.models.adapter import Adapter, DecoderAdapter
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
 from dager_tutorial.server.evidence import Evidence
@@ -45,17 +47,20 @@ def no_candidates(*, late: bool, saturated: bool) -> Outcome:
     return Outcome(Status.WRONG_MODEL, reason)
 
 
-def no_beginning(adapter: Adapter, *, late: bool) -> Verdict:
+def no_beginning(adapter: Adapter, *, late: bool, queries: bool = False) -> Verdict:
     """The verdict where tokens pass the filter, and none of them begins a text.
 
     Args:
         adapter: The architecture.
         late: The time budget was spent.
+        queries: Of block 0's queries, keys and values only the queries' maps were shared.
     """
     if late:
         return Status.OUT_OF_TIME, "tokens pass the filter; the time budget was spent before a text was found"
     if adapter.num_blocks == 1:
         return Status.PARTIAL, "tokens pass the filter; one block holds the rows that the loss reads, load more blocks"
+    if queries:
+        return Status.PARTIAL, "tokens pass the filter; a first token's query has no gradient, and no other was shared"
     reason = "tokens pass the filter, but none begins a text: another model, or noise of an unknown kind"
     return Status.WRONG_MODEL, reason
 
@@ -111,7 +116,7 @@ def of_leverage(ends: Ends, confirmed: int, *, late: bool) -> Verdict:
         said = "no block left to confirm a text"
     else:
         said = f"{_of(confirmed, ends.rank)} texts confirmed by the last block"
-    reason = f"about as many prefixes as the model is wide, told by leverage alone: {said}"
+    reason = f"about as many prefixes as there are directions, told by leverage alone: {said}"
     if late:
         return Status.OUT_OF_TIME, f"{reason} when the time budget was spent"
     return (Status.ENDS_CONFIRMED if ends.complete else Status.SATURATED), reason
@@ -146,6 +151,21 @@ def of_full_texts(found: int, texts: int, *, late: bool) -> Verdict:
     if found == texts:
         return Status.ENDS_CONFIRMED, reason
     return (Status.OUT_OF_TIME, f"{reason} when the time budget was spent") if late else (Status.SATURATED, reason)
+
+
+def of_adapter(evidence: Evidence, outcome: Outcome) -> Outcome:
+    """The outcome of a search, with what an adapter had room for where it had too little.
+
+    Args:
+        evidence: The update's gradients.
+        outcome: What the search came to.
+    """
+    full = [(tap, span) for tap, span in evidence.spans.items() if span is not None and span.saturated]
+    if not evidence.maps or outcome.status is not Status.SATURATED or not full:
+        return outcome
+    tap, span = full[0]
+    numbers = f"at {tap.name} {span.rank} of the {min(span.width, span.outputs)} directions that it has are used"
+    return replace(outcome, diagnosis=f"the adapter is too narrow for the batch, {numbers}: {outcome.diagnosis}")
 
 
 def _of(rows: int, expected: int | None) -> str:

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dager_tutorial.errors import ModelError
 from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.zoo.adapters import load_adapter
 from dager_tutorial.zoo.cache import cache_folder, workshop, writing
 from dager_tutorial.zoo.checkpoint import (
     check_vocabulary,
@@ -44,6 +45,7 @@ def load_model(
     seed: int = 0,
     blocks: int | None = None,
     stream: bool | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> LanguageModel:
     """Load a headless model with its tokenizer.
@@ -61,6 +63,7 @@ def load_model(
         blocks: Keep the first so many transformer blocks; None keeps all. No memory is spent on the rest.
         stream: Whether deeper blocks are read from a checkpoint's files each time they run, so that a model larger
             than memory can be used; None for where the model takes more than half of the memory that is free.
+        adapter: Folder of a LoRA adapter of this model, as peft writes it; see `adapters.load_adapter`.
         cache: The cache folder; None means the environment's `DAGER_CACHE`, or `dager-tutorial` in the user's cache
             folder (on Linux `~/.cache/dager-tutorial`).
 
@@ -70,12 +73,16 @@ def load_model(
         it frames every text as RoBERTa's own does.
 
     Raises:
-        ModelError: Unknown name, unreadable files, no network, `blocks` out of range, an absent device, or a model that
-            does not fit into memory.
+        ModelError: Unknown name, unreadable files, no network, `blocks` out of range, an absent device, an adapter of
+            another model, or a model that does not fit into memory.
 
     >>> load_model("random:gpt2", blocks=1).network.wte.weight.shape
     torch.Size([50257, 768])
     """
+    if adapter is not None:
+        return load_adapter(
+            load_model(name, device=device, seed=seed, blocks=blocks, stream=stream, cache=cache), adapter
+        )
     place, folder = check_device(device), cache_folder(cache)
     if not name.startswith(RANDOM):
         checkpoint = _checkpoint_folder(name, folder)

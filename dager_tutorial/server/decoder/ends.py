@@ -82,7 +82,9 @@ def _ends(
         return set(ratios[steadiest]), set(), False
     worst = {index: max(ratios[tap][index] for tap in last) for index in ratios[steadiest]}
     passing = {index for index, ratio in worst.items() if ratio <= 1}
-    ends = _possible(tree, passing, worst, max(span.rank for span in last.values()))
+    # Queries alone say nothing of a first token: it may be a whole text, but never by their word.
+    silent = {index for index in passing if _begins(tree, index)} if steadiest.kind == QUERY else set()
+    ends = _possible(tree, passing - silent, worst, max(span.rank for span in last.values()))
     return ends, set(worst) - ends, ends != passing
 
 
@@ -136,5 +138,10 @@ def _possible(tree: Tree, ends: set[int], ratios: Mapping[int, float], rank: int
 
     First tokens come last: trained models give all of them nearly one state, and no query gradient speaks for them.
     """
-    likeliest = sorted(ends, key=lambda index: (tree.nodes[index].parent is None, ratios[index]))
+    likeliest = sorted(ends, key=lambda index: (_begins(tree, index), ratios[index]))
     return set(likeliest[:rank])
+
+
+def _begins(tree: Tree, index: int) -> bool:
+    """Whether a prefix is a first token."""
+    return tree.nodes[index].parent is None

@@ -87,16 +87,18 @@ def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
         texts = whole_texts(adapter, tree, last, complete=complete)
         found = _Found(tree, texts, {} if saturated else spans, last)
     if not saturated:
-        return _proven(adapter, found, expected, late=budget.late)
+        return _proven(evidence, adapter, found, expected, late=budget.late)
     likely = _likeliest(found)
     confirmed = len(likely.texts.confirmed)
     return likely.outcome(*of_leverage(likely.ends, confirmed, late=budget.late))
 
 
-def _proven(adapter: DecoderAdapter, found: _Found, expected: int | None, *, late: bool) -> Outcome:
+def _proven(evidence: Evidence, adapter: DecoderAdapter, found: _Found, expected: int | None, *, late: bool) -> Outcome:
     """The outcome of a search by residuals."""
     if not found.texts.nodes:
-        return found.outcome(*no_beginning(adapter, late=late))
+        every, queries = adapter.tap(0, QKV), set(adapter.tap(0, QUERY).parameters)
+        alone = evidence.shared(every) <= queries < set(every.parameters)
+        return found.outcome(*no_beginning(adapter, late=late, queries=alone))
     return found.outcome(*of_prefixes(found.tree.distinct_rows(), expected, found.ends, late=late))
 
 

@@ -134,7 +134,7 @@ class FirstBlock:
         """
         full = self.span.blurred or self.span.free < constants().fewest_equations
         found = self._weakest(count, generator) if full else self.span.outside(count, generator)
-        return found.unflatten(0, tuple(self.query.shape[2:]))
+        return self.span.pulled(found).unflatten(0, tuple(self.query.shape[2:]))
 
     def _weakest(self, count: int, generator: torch.Generator) -> Float[Tensor, "inputs chosen"]:
         """The weakest directions, each over its strength, the weakest of length 1, in a random mixture."""
