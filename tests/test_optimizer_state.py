@@ -18,6 +18,7 @@ from dager_tutorial.errors import UpdateError
 from dager_tutorial.models.heads import Head, with_head
 from dager_tutorial.optimizer_state import update_of_state
 from dager_tutorial.server.attack import attack
+from dager_tutorial.status import Status
 from dager_tutorial.zoo.checkpoint import save_checkpoint
 
 BATCHES = [["we listen to the old river", "my father never knew her"], ["cup young snow", "the river knew"]]
@@ -77,8 +78,10 @@ def test_momentum_of_sgd_is_the_same(tiny_gpt2, tmp_path):
 @every("tiny_gpt2", "tiny_llama")
 def test_texts_come_back_from_the_state_after_each_step(model, tmp_path):
     models, (first, second) = trained(model, tmp_path)
-    assert_exact(attack(models[0], update_of_state(models[0], first)), truth(model, BATCHES[0]))
-    assert_exact(attack(models[1], update_of_state(models[1], second, before=first)), truth(model, BATCHES[1]))
+    assert_exact(attack(models[0], update_of_state(models[0], first)), truth(model, BATCHES[0]), Status.CERTIFIED)
+    assert_exact(
+        attack(models[1], update_of_state(models[1], second, before=first)), truth(model, BATCHES[1]), Status.CERTIFIED
+    )
 
 
 def test_a_weight_difference_of_the_same_step_is_full_of_signs(tiny_gpt2, tmp_path):
