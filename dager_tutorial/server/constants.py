@@ -70,9 +70,29 @@ class Constants:
     false_alarms: float = _constant(
         0.01, "extensions that chance alone may keep at one position of a search by leverage", "chosen"
     )
-    carried: int = _constant(16, "extensions carried through the MLP for each prefix that was kept", "cost")
     usual_sample: int = _constant(512, "extensions that tell which leverages are usual at a position", "statistics")
     widest: int = _constant(128, "prefixes of one length that a search by leverage keeps at most", "cost")
+    # Decoder search by summed evidence (chapter `11_limits`)
+    row_rounding: float = _constant(
+        1e-4, "share of a usual row of the embedding gradient below which it is rounding", "numerics"
+    )
+    largest_deviation: float = _constant(6.0, "deviations beyond which a tap's evidence says no more", "measured")
+    logistic_ridge: float = _constant(10.0, "ridge of the regression that weighs the evidence of taps", "measured")
+    newton_steps: int = _constant(25, "steps of Newton's method in that regression", "cost")
+    example_texts: int = _constant(32, "texts of the simulated batch whose rows the regression sees", "cost")
+    bands: int = _constant(8, "bands of a spectrum, each twice as wide as the one before", "measured")
+    screened_bands: int = _constant(5, "bands that a sketch of block 0 sees one by one", "cost")
+    sketch_lengths: int = _constant(64, "random directions that estimate a length in that sketch", "cost")
+    usual_rows: int = _constant(144, "extensions that tell which log-leverages are usual at a position", "statistics")
+    screened: int = _constant(320, "extensions for each prefix that the sketch lets through", "cost")
+    fewest_prefixes: int = _constant(16, "prefixes that a front counts as, at least", "cost")
+    through_attention: int = _constant(96, "extensions for each prefix that go on behind block 0's attention", "cost")
+    through_block: int = _constant(24, "the same behind block 0", "cost")
+    through_blocks: int = _constant(6, "the same behind block 2", "cost")
+    simulated_texts: int = _constant(32, "texts of a simulated batch where nothing tells how many there are", "chosen")
+    simulated_rows: float = _constant(1.2, "rows of a simulated batch over the width, at least", "chosen")
+    least_odds_early: float = _constant(-2.0, "log-odds below which early blocks give an extension up", "measured")
+    least_odds: float = _constant(2.5, "log-odds below which a prefix is given up", "measured")
     # Unmixing and incidence (chapters `07_unmixing` and `08_encoder_recovery`)
     ridge: float = _constant(
         1e-3, "ridge of the regression of positions on tokens, share of a token's square", "numerics"
