@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dager_tutorial.models.adapter import DecoderAdapter
-from dager_tutorial.models.attention import attend
+from dager_tutorial.models.attention import attend, mix, scores, weights
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
 from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.decoder.front import Extension
 from dager_tutorial.server.decoder.summed.spectra import Bands
 
 
@@ -25,12 +26,12 @@ class Cache:
     """Keys and values of prefixes of one length.
 
     Attributes:
-        keys: For each block prefixes x length x key heads x width, float32; empty before any token.
+        keys: For each block prefixes x length x key heads x width, float32.
         values: Likewise.
     """
 
-    keys: tuple[Tensor, ...] = ()
-    values: tuple[Tensor, ...] = ()
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,45 @@ class Passage:
         """Index the taps by their places."""
         self._taps.update({(tap.block, tap.kind): tap for tap in self.spectra})
 
+    def empty(self) -> Cache:
+        """The cache of one prefix without tokens."""
+        adapter = self.adapter
+        shape = (1, 0, adapter.num_key_heads, adapter.head_width)
+        nothing = tuple(adapter.first_input.tokens.new_empty(shape) for _ in range(adapter.num_blocks))
+        return Cache(nothing, nothing)
+
     def enter(self, places: Int[Tensor, " rows"], tokens: Int[Tensor, " rows"], position: int) -> Rows:
         """Extensions before block 0."""
         return Rows(places, tokens, position, self.adapter.embed(tokens, position))
+
+    def shares(self, extension: Extension, cache: Cache, place: int) -> Float[Tensor, "candidates heads keys"]:
+        """Block 0's attention weights of all candidates behind one prefix, the own key last."""
+        scaling = self.adapter.scaling(0)
+        before = scores(extension.query, cache.keys[0][place, self.seen(0, extension.position)], scaling)
+        return weights(torch.cat([before, scores(extension.query, extension.key[:, None], scaling)], -1))
+
+    def begin(
+        self,
+        extension: Extension,
+        shares: Float[Tensor, "candidates heads keys"],
+        cache: Cache,
+        place: int,
+        choice: Int[Tensor, " rows"],
+    ) -> Rows:
+        """Some candidates behind one prefix, behind block 0's attention.
+
+        Args:
+            extension: The candidates.
+            shares: Their attention weights.
+            cache: Keys and values of the prefixes.
+            place: The prefix.
+            choice: int64, which of the candidates.
+        """
+        past = cache.values[0][place, self.seen(0, extension.position)]
+        attended = mix(shares[choice, :, :-1], past) + mix(shares[choice, :, -1:], extension.value[choice, None])
+        places = torch.full_like(choice, place)
+        rows = Rows(places, extension.tokens[choice], extension.position, extension.hidden[choice])
+        return self._attended(rows, 0, extension.key[choice], extension.value[choice], attended)
 
     @property
     def halves(self) -> int:
@@ -150,8 +187,13 @@ class Passage:
         """Extensions behind a block's attention."""
         adapter = self.adapter
         query, key, value = adapter.project(block, adapter.attention_input(block, rows.hidden), rows.position)
-        keys, values = self._past(cache, rows, block, key, value)
-        attended = attend(query, keys, values, adapter.scaling(block))
+        seen = self.seen(block, rows.position)
+        keys = torch.cat([cache.keys[block][:, seen][rows.places], key[:, None]], 1)
+        values = torch.cat([cache.values[block][:, seen][rows.places], value[:, None]], 1)
+        return self._attended(rows, block, key, value, attend(query, keys, values, adapter.scaling(block)))
+
+    def _attended(self, rows: Rows, block: int, key: Tensor, value: Tensor, attended: Tensor) -> Rows:
+        adapter = self.adapter
         hidden = adapter.after_attention(block, rows.hidden, attended)
         evidence = [*rows.evidence, *self._read(block, ATTENTION_OUTPUT, attended)]
         if (block, MLP) in self._taps:
@@ -175,14 +217,10 @@ class Passage:
             evidence = (*evidence, *self._read(block + 1, QKV, adapter.attention_input(block + 1, hidden)))
         return replace(rows, hidden=hidden, halves=rows.halves + 1, evidence=evidence)
 
-    def _past(self, cache: Cache, rows: Rows, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values that a token sees, its own last."""
-        if not cache.keys:
-            return key[:, None], value[:, None]
+    def seen(self, block: int, position: int) -> slice:
+        """Which cached keys a token sees beside its own."""
         window = self.adapter.window(block)
-        seen = slice(0, None) if window is None else slice(max(0, rows.position + 1 - window), None)
-        keys, values = cache.keys[block][:, seen], cache.values[block][:, seen]
-        return torch.cat([keys[rows.places], key[:, None]], 1), torch.cat([values[rows.places], value[:, None]], 1)
+        return slice(0, None) if window is None else slice(max(0, position + 1 - window), None)
 
     def _read(self, block: int, kind: str, vectors: Tensor) -> list[Tensor]:
         """The log-shares at a tap; none where it is not among those that are read."""
@@ -193,8 +231,6 @@ class Passage:
         """The cache of extensions that are behind all blocks."""
 
         def longer(past: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            if not past:
-                return tuple(each[:, None] for each in new)
             return tuple(torch.cat([old[rows.places], each[:, None]], 1) for old, each in zip(past, new, strict=True))
 
         return Cache(longer(cache.keys, rows.keys), longer(cache.values, rows.values))

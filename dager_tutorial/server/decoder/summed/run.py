@@ -15,7 +15,7 @@ from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.summed.passage import Passage
-from dager_tutorial.server.decoder.summed.search import Found, Prefix, SummedSearch
+from dager_tutorial.server.decoder.summed.search import Found, Goal, Prefix, SummedSearch
 from dager_tutorial.server.decoder.summed.sketch import Sketch
 from dager_tutorial.server.decoder.summed.spectra import spectra_of, summed_taps
 from dager_tutorial.server.decoder.summed.weighing import judges
@@ -62,12 +62,15 @@ def _search(
     generator = budget.generator()
     stages = sorted({sum(_read(tap, halves) for tap in taps) for halves, _ in SummedSearch.stages(adapter)} - {0})
     size = (texts, _rows(adapter, candidates, texts))
-    learnt = judges(adapter, candidates, taps, stages, size, generator, ends=bool(last))
+    output = adapter.tap(adapter.num_blocks - 1, ATTENTION_OUTPUT)  # not shared, it does not say that all tokens count
+    learnt = judges(
+        adapter, candidates, taps, stages, size, generator, ends=bool(last) or evidence.span(output) is None
+    )
     spectra = spectra_of(evidence, taps)
     block = (adapter.tap(0, MLP), adapter.tap(0, ATTENTION_OUTPUT))
     sketch = Sketch.of(adapter, spectra[block[0]], spectra[block[1]], generator) if set(block) <= set(spectra) else None
-    end = last.get(adapter.tap(adapter.num_blocks - 1, ATTENTION_OUTPUT))
-    return SummedSearch(Passage(adapter, spectra, budget), learnt, sketch, end, candidates, budget)
+    goal = Goal(last.get(output), texts, 3 * size[1] // texts)
+    return SummedSearch(Passage(adapter, spectra, budget), learnt, sketch, goal, candidates, budget)
 
 
 def _read(tap: Tap, halves: int) -> bool:
@@ -77,8 +80,11 @@ def _read(tap: Tap, halves: int) -> bool:
 
 def _rows(adapter: DecoderAdapter, candidates: Candidates, texts: int) -> int:
     """About how many rows the batch has: more than fill the width, and half of what its longest text allows."""
-    longest = 0 if candidates.every_position else len(candidates.tokens)
-    return max(round(constants().simulated_rows * adapter.hidden_size), texts * longest // 2)
+    least = round(constants().simulated_rows * adapter.hidden_size)
+    if candidates.every_position:
+        return least
+    most = texts * len(candidates.tokens)
+    return min(max(least, most // 2), most)
 
 
 def _tree(found: Found, room: int, *, rotary: bool) -> Tree:

@@ -20,6 +20,7 @@ from torch import Tensor
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decoder.front import Extension, FirstBlock
 from dager_tutorial.server.decoder.summed.passage import Cache, Passage, Rows
 from dager_tutorial.server.decoder.summed.sketch import Sketch
 from dager_tutorial.server.decoder.summed.weighing import Judges, Scale, screened
@@ -43,11 +44,6 @@ class Front:
     odds: Float[Tensor, " prefixes"]
     cache: Cache
 
-    @classmethod
-    def empty(cls, like: Tensor) -> Front:
-        """The front before any token: one prefix without tokens."""
-        return cls(((),), like.new_full((1,), math.inf), Cache())
-
 
 @dataclass
 class Found:
@@ -60,6 +56,30 @@ class Found:
 
     ends: dict[Prefix, float] = field(default_factory=dict)
     grown: dict[Prefix, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is looked for: where texts end, and when to stop.
+
+    Attributes:
+        end: The span that tells where texts end, of the last block's attention output; None where none does.
+        texts: How many ends there are, about.
+        longest: The length up to which a first end may be waited for.
+    """
+
+    end: Span | None
+    texts: int
+    longest: int
+
+    def reached(self, found: Found, position: int) -> bool:
+        """Whether going on makes no sense: all ends were found, or none for long.
+
+        Rows behind a text's end are in no gradient: what is grown there is chance, and ends of longer texts are found
+        more surely once those that are known are taken off.
+        """
+        last = max(map(len, found.ends), default=self.longest)
+        return len(found.ends) >= self.texts or position > last + constants().patience
 
 
 @dataclass(frozen=True)
@@ -83,7 +103,7 @@ class SummedSearch:
         passage: The blocks and the taps that are read in them.
         judges: What the evidence is worth.
         sketch: The quick look at every extension; None where block 0's MLP was not shared.
-        end: The span that tells where texts end, of the last block's attention output; None where none does.
+        goal: Where texts end, and when to stop.
         candidates: Tokens that may stand at each position.
         budget: What the search may cost.
     """
@@ -91,7 +111,7 @@ class SummedSearch:
     passage: Passage
     judges: Judges
     sketch: Sketch | None
-    end: Span | None
+    goal: Goal
     candidates: Candidates
     budget: Budget
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
@@ -100,10 +120,10 @@ class SummedSearch:
     def run(self) -> Found:
         """Grow until no prefix stands out any more."""
         adapter, found = self.passage.adapter, Found()
-        front = Front.empty(adapter.first_input.tokens)
+        front = Front(((),), adapter.first_input.tokens.new_full((1,), math.inf), self.passage.empty())
         for position in range(adapter.max_positions):
             tokens = self.candidates.at(position)
-            if not len(tokens) or not front.prefixes or self.budget.late:
+            if not len(tokens) or not front.prefixes or self.budget.late or self.goal.reached(found, position):
                 break
             front = self._step(front, tokens, position, found)
             found.grown.update(zip(front.prefixes, front.odds.tolist(), strict=True))
@@ -118,10 +138,13 @@ class SummedSearch:
         for halves, most in self.stages(self.passage.adapter):
             rows = self.passage.through(rows, front.cache, halves)
             odds = self._extension(rows, scales.all)
-            rows = rows.take(_best(odds, most * count, constants().least_odds_early))
+            rows = rows.take(_best(odds, most * count, -constants().doubtful_odds))
         odds = self._odds(front, rows, scales.all)
         self._note_ends(front, rows, found)
-        chosen = _best(odds, constants().widest, constants().least_odds)
+        # As many as there are texts left may be doubtful: what is usual at a position shifts all odds alike.
+        doubtful = 0 if self.goal.end is None else max(0, self.goal.texts - len(found.ends))
+        chosen = _best(odds, constants().widest, -constants().doubtful_odds)
+        chosen = torch.cat([chosen[:doubtful], _above(odds, chosen[doubtful:], constants().least_odds)])
         kept = rows.take(chosen)
         return Front(tuple(_names(front, kept)), odds[chosen], self.passage.grown(front.cache, kept))
 
@@ -151,7 +174,7 @@ class SummedSearch:
 
     def _usual(self, front: Front, position: int) -> Scales:
         """What log-shares extensions have that are hardly ever true: any token of the batch, after any prefix."""
-        count, device = constants().usual_rows, front.odds.device
+        count, device = constants().usual_sample, front.odds.device
         pool = self.candidates.distinct()
         tokens = pool[torch.randint(len(pool), (count,), generator=self.generator).to(device)]
         places = torch.randint(len(front.prefixes), (count,), generator=self.generator).to(device)
@@ -161,17 +184,29 @@ class SummedSearch:
 
     def _screened(self, front: Front, tokens: Tensor, position: int, scale: Scale) -> Rows:
         """The extensions of each prefix that look best."""
+        extension = self._block.extension(position, tokens)
+        repeats, parts = self._repeats(front, tokens), []
+        for place in range(len(front.prefixes)):
+            shares = self.passage.shares(extension, front.cache, place)
+            odds = self._quick(extension, shares, front, place, scale).masked_fill(repeats[place], -math.inf)
+            choice = _best(odds, constants().screened if position else len(tokens))
+            parts.append(self.passage.begin(extension, shares, front.cache, place, choice))
+        return Rows.joined(parts)
+
+    def _quick(self, extension: Extension, shares: Tensor, front: Front, place: int, scale: Scale) -> Tensor:
+        """Log-odds of all candidates behind a prefix, as the sketch sees them; all alike where there is none."""
         if self.sketch is None:
-            odds = torch.zeros(len(front.prefixes), len(tokens), device=tokens.device)
-        else:
-            seen = self.sketch.log_shares(front.cache, tokens, position)
-            odds = torch.stack([self.judges.screen.log_odds(scale.deviations(features)) for features in seen])
-        odds = odds.masked_fill(self._repeats(front, tokens), -math.inf)
-        best = odds.flatten().topk(
-            min(odds.numel(), constants().screened * max(len(odds), constants().fewest_prefixes))
-        )
-        places, choice = best.indices // len(tokens), best.indices % len(tokens)
-        return self.passage.enter(places, tokens[choice], position)
+            return torch.zeros_like(extension.hidden[:, 0])
+        past = front.cache.values[0][place, self.passage.seen(0, extension.position)]
+        return self.judges.screen.log_odds(scale.deviations(self.sketch.log_shares(extension, shares, past)))
+
+    @property
+    def _block(self) -> FirstBlock:
+        """Block 0, whose values are seen by the sketch."""
+        adapter = self.passage.adapter
+        if self.sketch is None:
+            return FirstBlock.screened(adapter, None, self.budget)
+        return FirstBlock(adapter, self.sketch.heads, self.budget)
 
     def _repeats(self, front: Front, tokens: Int[Tensor, " candidates"]) -> Bool[Tensor, "prefixes candidates"]:
         """Extensions that repeat a rotary model's first token: one row at every length, which would never end."""
@@ -184,9 +219,9 @@ class SummedSearch:
 
     def _note_ends(self, front: Front, rows: Rows, found: Found) -> None:
         """Enter the prefixes at which the last block has a row; first tokens prove nothing."""
-        if self.end is None or rows.attended is None or not rows.position:
+        if self.goal.end is None or rows.attended is None or not rows.position:
             return
-        ratios = self.end.ratio(rows.attended) / self.end.bound
+        ratios = self.goal.end.ratio(rows.attended) / self.goal.end.bound
         passing = (ratios <= 1).nonzero()[:, 0]
         found.ends.update(zip(_names(front, rows.take(passing)), ratios[passing].tolist(), strict=True))
 
@@ -196,7 +231,11 @@ def _names(front: Front, rows: Rows) -> list[Prefix]:
     return [(*front.prefixes[place], token) for place, token in pairs]
 
 
+def _above(odds: Tensor, chosen: Tensor, least: float) -> Tensor:
+    return chosen[odds[chosen] > least]
+
+
 def _best(odds: Float[Tensor, " rows"], most: int, least: float = -math.inf) -> Int[Tensor, " best"]:
     """Indices of the best rows, best first, those above a limit."""
     order = odds.argsort(descending=True)[:most]
-    return order[odds[order] > least]
+    return _above(odds, order, least)

@@ -59,14 +59,19 @@ def simulated_texts(candidates: Candidates, count: int, rows: int, generator: to
         rows: About how many tokens they have together.
         generator: Source of randomness, on the CPU.
     """
-    longest = 10**9 if candidates.every_position else len(candidates.tokens)
-    mean = max(3, rows // count)
-    lengths = torch.randint(max(2, mean // 2), mean + mean // 2 + 1, (count,), generator=generator).clamp(max=longest)
+    mean = max(3, round(rows / count))
+    longest = mean + mean // 2
+    if not candidates.every_position:
+        longest = max(2, min(longest, len(candidates.tokens)))
+    shortest = max(2, min(2 * mean - longest, longest))
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator)
     return [tuple(_drawn(candidates, place, generator) for place in range(length)) for length in lengths.tolist()]
 
 
 def _drawn(candidates: Candidates, position: int, generator: torch.Generator) -> int:
-    tokens = candidates.at(position)
+    """A token that may stand at a position; where none may, any."""
+    here = candidates.at(position)
+    tokens = here if len(here) else candidates.distinct()
     return int(tokens[int(torch.randint(len(tokens), (1,), generator=generator))])
 
 

@@ -8,18 +8,16 @@ attention's output map likewise. Lengths are estimated from random directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from dager_tutorial.models.adapter import DecoderAdapter
-from dager_tutorial.models.attention import scores, weights
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.decoder.summed.passage import Cache
+from dager_tutorial.server.decoder.front import Extension
 from dager_tutorial.server.decoder.summed.spectra import Bands, log_shares
 
 
@@ -78,32 +76,22 @@ class Sketch:
         )
 
     def log_shares(
-        self, cache: Cache, tokens: Int[Tensor, " candidates"], position: int
-    ) -> Iterator[Float[Tensor, "candidates features"]]:
-        """For each prefix what the sketch sees of every candidate behind it; once where there is no prefix yet.
+        self,
+        extension: Extension,
+        shares: Float[Tensor, "candidates heads keys"],
+        past: Float[Tensor, "before key_heads head_width"],
+    ) -> Float[Tensor, "candidates features"]:
+        """What the sketch sees of candidates behind one prefix (float32).
 
         Args:
-            cache: Keys and values of the prefixes.
-            tokens: int64, the candidates.
-            position: Where they stand.
+            extension: The candidates, whose values' contributions are those of `heads`.
+            shares: Their attention weights, the own key last.
+            past: The values that they see beside their own.
         """
-        adapter = self.adapter
-        hidden = adapter.embed(tokens, position)
-        query, key, value = adapter.project(0, adapter.attention_input(0, hidden), position)
-        groups = adapter.num_heads // adapter.num_key_heads
-        own = torch.einsum("chw,hwn->chn", value.repeat_interleave(groups, 1), self.heads)
-        fixed = hidden @ self.hidden + self.constant
-        if not cache.keys:
-            yield self._features(fixed + own.sum(1))
-            return
-        score = scores(query, key[:, None], adapter.scaling(0))
-        window = adapter.window(0)
-        seen = slice(0, None) if window is None else slice(max(0, position + 1 - window), None)
-        for keys, values in zip(cache.keys[0][:, seen], cache.values[0][:, seen], strict=True):
-            past = torch.einsum("lhw,hwn->hln", values.repeat_interleave(groups, 1), self.heads)
-            shares = weights(torch.cat([scores(query, keys, adapter.scaling(0)), score], -1))
-            mixed = shares[..., :-1].flatten(1) @ past.flatten(0, 1) + (shares[..., -1:] * own).sum(1)
-            yield self._features(fixed + mixed)
+        groups = self.adapter.num_heads // self.adapter.num_key_heads
+        contributions = torch.einsum("lhw,hwn->hln", past.repeat_interleave(groups, 1), self.heads)
+        mixed = shares[..., :-1].flatten(1) @ contributions.flatten(0, 1) + (shares[..., -1:] * extension.seen).sum(1)
+        return self._features(extension.hidden @ self.hidden + self.constant + mixed)
 
     def _features(self, sketches: Float[Tensor, "rows directions"]) -> Float[Tensor, "rows features"]:
         """Log-shares in the bands and in all the rest, at the attention's output map, then at the MLP."""

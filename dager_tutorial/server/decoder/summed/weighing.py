@@ -6,8 +6,10 @@ learn the weights: one tells true extensions from wrong last tokens, the other f
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -19,6 +21,7 @@ from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.summed.simulation import (
     Examples,
     Inputs,
+    Text,
     examples,
     simulated_gradients,
     simulated_texts,
@@ -128,15 +131,39 @@ def judges(
         generator: Source of randomness, on the CPU.
         ends: Whether the loss reads each text's last token only.
     """
-    texts = simulated_texts(candidates, *size, generator)
-    gradients = simulated_gradients(adapter, texts, taps, generator, ends=ends)
-    seen = examples(adapter, texts[: constants().example_texts], candidates, taps, generator)
-    features = _features(seen, gradients, taps)
-    each = features[0].shape[1] // len(taps)
-    true, wrong, copies = _deviations(seen, features)
+    lessons = _lessons(adapter, candidates, taps, size, generator, ends=ends)
+    each = lessons[0][0].shape[1] // len(taps)
+    true, wrong, copies = (torch.cat(parts) for parts in zip(*(lesson[:3] for lesson in lessons), strict=True))
+    quick = [torch.cat(parts) for parts in zip(*(lesson[3:] for lesson in lessons), strict=True)]
     extension = {each * count: logistic(true[:, : each * count], wrong[:, : each * count]) for count in stages}
-    quick = _deviations(seen, tuple(screened(part, taps) for part in features))
-    return Judges(extension, logistic(true, copies), logistic(*quick[:2]))
+    return Judges(extension, logistic(true, copies), logistic(*quick))
+
+
+def _lessons(
+    adapter: DecoderAdapter,
+    candidates: Candidates,
+    taps: Sequence[Tap],
+    size: tuple[int, int],
+    generator: torch.Generator,
+    *,
+    ends: bool,
+) -> list[tuple[Tensor, ...]]:
+    """Deviations of true rows, wrong ones and copies, and of the first two as a sketch sees them, batch by batch."""
+    lessons: list[tuple[Tensor, ...]] = []
+    while not lessons or sum(len(lesson[0]) for lesson in lessons) < constants().example_rows:
+        texts = simulated_texts(candidates, *size, generator)
+        gradients = simulated_gradients(adapter, texts, taps, generator, ends=ends)
+        seen = examples(adapter, _some(texts), candidates, taps, generator)
+        features = _features(seen, gradients, taps)
+        quick = _deviations(seen, tuple(screened(part, taps) for part in features))
+        lessons.append((*_deviations(seen, features), *quick[:2]))
+    return lessons
+
+
+def _some(texts: Sequence[Text]) -> Sequence[Text]:
+    """As many texts as have rows enough."""
+    ends = list(accumulate(map(len, texts)))
+    return texts[: 1 + bisect_left(ends, constants().example_rows)]
 
 
 def screened(features: Float[Tensor, "rows features"], taps: Sequence[Tap]) -> Float[Tensor, "rows screened"]:
@@ -165,22 +192,21 @@ def _features(seen: Examples, gradients: Mapping[str, Tensor], taps: Sequence[Ta
 
 def _deviations(seen: Examples, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Deviations of all rows from the wrong ones at about the same position."""
-    bounds = _position_bounds(seen.wrong.positions)
-    where = [torch.bucketize(inputs.positions, bounds) for inputs in (seen.true, seen.wrong, seen.copies)]
+    where = [_octave(inputs.positions, seen.wrong.positions) for inputs in (seen.true, seen.wrong, seen.copies)]
     found = tuple(torch.zeros_like(part) for part in features)
-    for index in range(len(bounds) + 1):
-        scale = Scale.of(features[1][where[1] == index])
+    for octave in where[1].unique():
+        scale = Scale.of(features[1][where[1] == octave])
         for part, own, place in zip(found, features, where, strict=True):
-            part[place == index] = scale.deviations(own[place == index])
+            part[place == octave] = scale.deviations(own[place == octave])
     return found
+
+
+def _octave(positions: Tensor, counted: Tensor) -> Tensor:
+    """0 for the first position, 1 for the next two, 2 for the next four, ..., no more than have rows to count."""
+    octaves = (counted + 1).double().log2().long()
+    full = [index for index in octaves.unique().tolist() if int((octaves == index).sum()) >= constants().fewest_usual]
+    return (positions + 1).double().log2().long().clamp(max=max(full, default=0))
 
 
 def _log_shares(spectrum: Bands, inputs: Inputs, tap: Tap) -> Tensor:
     return spectrum.log_shares(inputs.vectors[tap].float())
-
-
-def _position_bounds(positions: Tensor) -> Tensor:
-    """Positions that cut false rows into parts large enough to have a scale."""
-    parts = max(1, len(positions) // constants().usual_sample)
-    ranks = torch.linspace(0, 1, parts + 1)[1:-1]
-    return positions.double().quantile(ranks.double()).long().unique()

@@ -1,4 +1,4 @@
-"""The search by leverage: what still comes back when there are more prefixes than the model is wide."""
+"""The search by summed evidence: what still comes back when there are more prefixes than the model is wide."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def test_texts_come_back_beyond_the_width_and_none_is_confirmed_in_vain(
     found = attack(model, client_update(model, texts))
     assert found.status in {Status.SATURATED, Status.ENDS_CONFIRMED}
     assert len(found.sequences) <= len(texts)
-    assert len(true & set(found.sequences)) >= len(texts) / 2
+    assert len(true & set(found.sequences)) >= 0.7 * len(texts)
     confirmed = {
         tokens
         for tokens, confirmation in zip(found.sequences, found.confirmations, strict=True)
         if confirmation.certainty is not Certainty.GUESS
     }
-    assert confirmed == set(found.confirmed) <= true and len(confirmed) >= len(texts) / 2
+    assert confirmed == set(found.confirmed) <= true and len(confirmed) >= 0.7 * len(texts)
     assert all(
         {tap.block for tap in confirmation.taps} == {2}
         for confirmation in found.confirmations
@@ -69,7 +69,7 @@ def test_texts_come_back_beyond_the_width_and_none_is_confirmed_in_vain(
     )
 
 
-def test_leverage_alone_confirms_nothing(model: LanguageModel, random_texts: Callable[..., list[str]]) -> None:
+def test_evidence_alone_confirms_nothing(model: LanguageModel, random_texts: Callable[..., list[str]]) -> None:
     """Without the last block's gradients texts come back all the same, and every one of them is called a guess."""
     texts = random_texts(22, 3, 9, 9)
     update = client_update(model, texts)
