@@ -5,12 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from helpers import random_model, truth, word_tokenizer
+import torch
+from helpers import every, random_model, truth, word_tokenizer
 from transformers import GPT2Config, LlamaConfig
 
+from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.step import client_update
+from dager_tutorial.models import adapter_for
+from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
 from dager_tutorial.server.attack import attack
+from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decoder.front import FirstBlock
+from dager_tutorial.server.decoder.summed.passage import Cache, Passage, Rows
+from dager_tutorial.server.decoder.summed.simulation import simulated_gradients
+from dager_tutorial.server.decoder.summed.sketch import Sketch
+from dager_tutorial.server.decoder.summed.spectra import Bands, bands
+from dager_tutorial.server.decoder.summed.weighing import logistic, screened
+from dager_tutorial.server.embedding_rows import among, named_tokens
+from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.server.token_filter import Candidates
 from dager_tutorial.status import Certainty, Status
 from dager_tutorial.update import Update
 
@@ -78,3 +94,101 @@ def test_evidence_alone_confirms_nothing(model: LanguageModel, random_texts: Cal
     assert len(truth(model, texts) & set(found.sequences)) >= len(texts) / 3
     assert {confirmation.certainty for confirmation in found.confirmations} == {Certainty.GUESS}
     assert not found.confirmed
+
+
+# ---- the parts
+
+
+TEXTS = [(7, 30, 30, 9, 12), (40, 8, 15, 3, 77), (5, 6, 7, 8, 9)]
+
+
+def spectra_for(adapter: DecoderAdapter) -> dict[Tap, Bands]:
+    """Spectra with any directions at all taps that are summed."""
+    taps = [tap for tap in adapter.taps() if tap.block < adapter.num_blocks - 1 and (tap.block, tap.kind) != (0, QKV)]
+    generator = torch.Generator().manual_seed(0)
+    widths = {tap: adapter.linear_maps(tap.block, tap.kind)[0].weight.shape[not adapter.input_first] for tap in taps}
+    return {tap: bands(torch.randn(2 * width, width, generator=generator)) for tap, width in widths.items()}
+
+
+def passed(passage: Passage, texts: list[tuple[int, ...]]) -> tuple[Cache, Rows]:
+    """The texts' prefixes without their last tokens, and their last tokens behind all blocks."""
+    cache, places = passage.empty(), torch.zeros(len(texts), dtype=torch.long)
+    for position in range(len(texts[0])):
+        tokens = torch.tensor([text[position] for text in texts])
+        rows = passage.through(passage.enter(places, tokens, position), cache, passage.halves)
+        before, cache, places = cache, passage.grown(cache, rows), torch.arange(len(texts))
+    return before, rows
+
+
+@every("shaken_gpt2", "shaken_llama", "mistral")
+@torch.no_grad()
+def test_extensions_see_what_the_unmodified_network_sees(model: LanguageModel) -> None:
+    adapter = adapter_for(model.network)
+    assert isinstance(adapter, DecoderAdapter)
+    spectra = spectra_for(adapter)
+    _, rows = passed(Passage(adapter, spectra, Budget()), TEXTS)
+    ids = torch.tensor(TEXTS)
+    inputs = adapter.tap_inputs(ids, torch.ones_like(ids), spectra)
+    seen = torch.cat([spectra[tap].log_shares(inputs[tap][:, -1]) for tap in spectra], 1)
+    assert torch.allclose(rows.features().exp(), seen.exp(), rtol=1e-2, atol=1e-4)
+
+
+@every("shaken_gpt2", "shaken_llama", "mistral")
+@torch.no_grad()
+def test_a_sketch_sees_the_weakest_bands(model: LanguageModel) -> None:
+    """All but for the lengths, which it estimates: bands of one tap differ as they do in truth."""
+    adapter = adapter_for(model.network)
+    assert isinstance(adapter, DecoderAdapter)
+    spectra, budget = spectra_for(adapter), Budget()
+    passage = Passage(adapter, spectra, budget)
+    cache, rows = passed(passage, TEXTS)
+    attention, mlp = spectra[adapter.tap(0, ATTENTION_OUTPUT)], spectra[adapter.tap(0, MLP)]
+    sketch = Sketch.of(adapter, mlp, attention, budget.generator())
+    extension = FirstBlock(adapter, sketch.heads, budget).extension(4, rows.tokens)
+    count = constants().screened_bands
+    for place in range(len(TEXTS)):
+        shares = passage.shares(extension, cache, place)
+        past = cache.values[0][place, passage.seen(0, 4)]
+        exact = screened(rows.features(), list(spectra))[place]
+        quick = sketch.log_shares(extension, shares, past)[place]
+        for part in (slice(0, count), slice(count + 1, 2 * count + 1)):
+            assert torch.allclose(quick[part].diff(), exact[part].diff(), atol=0.05)
+
+
+@every("tiny_gpt2", "tiny_llama")
+def test_a_simulated_batch_leaves_no_trace_and_fills_the_span(model: LanguageModel) -> None:
+    adapter = adapter_for(model.network)
+    assert isinstance(adapter, DecoderAdapter)
+    tap = adapter.tap(0, MLP)
+    gradient = tap.gradient(simulated_gradients(adapter, TEXTS, [tap], torch.Generator(), ends=True))
+    assert gradient is not None and torch.linalg.matrix_rank(gradient, rtol=1e-6) == sum(map(len, TEXTS))
+    assert not any(each.requires_grad for each in model.network.parameters())
+
+
+def test_a_rule_learns_what_tells_and_ignores_what_does_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    true, false = torch.randn(400, 3, generator=generator), torch.randn(300, 3, generator=generator)
+    true[:, 1] -= 3
+    rule = logistic(true, false)
+    assert rule.factors[1] < -1 and rule.factors[[0, 2]].abs().max() < 0.3
+    right = torch.cat([rule.log_odds(true) > 0, rule.log_odds(false) < 0]).float().mean()
+    assert right > 0.9
+
+
+@every("tiny_gpt2", "tiny_llama")
+def test_a_shared_embedding_names_the_tokens_of_the_batch(
+    model: LanguageModel, random_texts: Callable[..., list[str]]
+) -> None:
+    texts = random_texts(3, 1)
+    evidence = evidence_of(model, client_update(model, texts))
+    named = named_tokens(evidence)
+    tokens = {token for text in truth(model, texts) for token in text}
+    assert named is not None and set(named.tolist()) == tokens
+    kept = among(Candidates((torch.arange(20), torch.tensor([1])), every_position=False), torch.tensor([3, 4]))
+    assert [each.tolist() for each in kept.tokens] == [[3, 4]]
+
+
+def test_tied_embeddings_name_nothing(tiny_gpt2: LanguageModel, random_texts: Callable[..., list[str]]) -> None:
+    """A loss over the vocabulary gives every token a row of a tied embedding."""
+    update = client_update(tiny_gpt2, random_texts(3, 1), config=ClientConfig(task="next_token"))
+    assert named_tokens(evidence_of(tiny_gpt2, update)) is None
