@@ -79,12 +79,12 @@ def _read(tap: Tap, halves: int) -> bool:
 
 
 def _rows(adapter: DecoderAdapter, candidates: Candidates, texts: int) -> int:
-    """About how many rows the batch has: more than fill the width, and half of what its longest text allows."""
+    """About how many rows the batch has: more than fill the width, no more than its longest text allows."""
     least = round(constants().simulated_rows * adapter.hidden_size)
     if candidates.every_position:
         return least
     most = texts * len(candidates.tokens)
-    return min(max(least, most // 2), most)
+    return min(max(least, round(constants().usual_length * most)), most)
 
 
 def _tree(found: Found, room: int, *, rotary: bool) -> Tree:
