@@ -25,7 +25,16 @@ class Reconstruction:
         status: What is known of the batch.
         confirmations: For each sequence, whether it is confirmed and by which taps; empty where nobody says.
         diagnosis: One sentence for people.
-        seconds: Wall-clock seconds of the stages ``subspace``, ``filter``, ``search`` and ``total``.
+        labels: For each sequence the classes it was trained with, one for each time it occurs; () where nothing tells.
+        copies: For each sequence how often it stands in the batch; None where nothing tells.
+        with_targets: Whether the sequences hold what the loss asked for and the network did not see: last tokens under
+            the next-token loss, the tokens behind the masks.
+        batch_size: How many texts the batch has, where it could be told: a mean over the batch cannot tell it from one
+            in which every text stands twice as often.
+        unexplained: Share of the update that remains when what was recovered is simulated and taken off it; None where
+            it was not.
+        seconds: Wall-clock seconds of the stages ``subspace``, ``filter``, ``search``, ``completion``
+            and ``total``.
         ranks: Numerical rank of each tap's gradient that was read.
         model: Name of the model.
         n_parameters_used: Number of gradient entries that the attack read.
@@ -46,6 +55,11 @@ class Reconstruction:
     status: Status
     confirmations: tuple[Confirmation, ...] = ()
     diagnosis: str = ""
+    labels: tuple[tuple[int, ...], ...] = ()
+    copies: tuple[int | None, ...] = ()
+    with_targets: bool = False
+    batch_size: int | None = None
+    unexplained: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     ranks: dict[Tap, int] = field(default_factory=dict)
     model: str = ""
@@ -56,8 +70,9 @@ class Reconstruction:
         """Check what every reader relies on."""
         if not len(self.sequences) == len(self.texts) == len(self.scores):
             raise ValueError("a reconstruction needs one text and one score to each sequence")
-        if self.confirmations and len(self.confirmations) != len(self.sequences):
-            raise ValueError("a reconstruction needs one confirmation to each sequence, or none at all")
+        for name in ("confirmations", "labels", "copies"):
+            if getattr(self, name) and len(getattr(self, name)) != len(self.sequences):
+                raise ValueError(f"a reconstruction needs one of {name} to each sequence, or none at all")
 
     @property
     def confirmed(self) -> tuple[tuple[int, ...], ...]:
@@ -81,6 +96,11 @@ class Reconstruction:
             "texts": list(self.texts),
             "scores": [float(score) if math.isfinite(score) else None for score in self.scores],
             "confirmations": [confirmation.to_json() for confirmation in self.confirmations],
+            "labels": [list(labels) for labels in self.labels],
+            "copies": list(self.copies),
+            "with_targets": self.with_targets,
+            "recovered_batch_size": self.batch_size,
+            "unexplained": self.unexplained,
             "seconds": {stage: float(seconds) for stage, seconds in self.seconds.items()},
             "peak_rss_mb": float(self.peak_rss_mb),
             "model": self.model,

@@ -2,7 +2,8 @@
 
 Chapters `10_whole_attack` and `11_limits`.
 
-Two things can be proven from an update alone. *Rows*: every true row of a span passes the span test (but for
+Three things can be proven from an update alone. *Everything*: what was recovered is certified where the client's step,
+simulated from it, gives the update that was received. *Rows*: every true row of a span passes the span test (but for
 `miss_rate` of them), and the rank is at most the number of distinct true rows; so as soon as as many distinct rows are
 confirmed as the rank tells, the confirmed ones are the true ones. *Ends*: the same argument in the last block, where a
 loss that reads each text's last token leaves rows of exactly these tokens.
@@ -40,6 +41,11 @@ class Status(_Explained):
         'the gradients that the attack reads are missing or zero'
     """
 
+    CERTIFIED = (
+        "certified",
+        "the client's step, simulated from the recovered texts, is the update that was received",
+        "treat every text of the batch, how often it occurs and its label as disclosed",
+    )
     TEXTS_COMPLETE = (
         "texts_complete",
         "every row of the batch is explained and every text is confirmed to its end",
@@ -89,7 +95,7 @@ class Status(_Explained):
     @property
     def rows_explained(self) -> bool:
         """Whether every row of the batch is known, so that nothing is missing but, perhaps, ends."""
-        return self in (Status.TEXTS_COMPLETE, Status.ROWS_COMPLETE)
+        return self in (Status.CERTIFIED, Status.TEXTS_COMPLETE, Status.ROWS_COMPLETE)
 
 
 class Certainty(Enum):

@@ -123,6 +123,18 @@ class Update:
         except (OSError, ValueError) as error:
             raise UpdateError(f"{quote(path)} cannot be read ({quote(error)}): check the path") from error
 
+    def for_head(self, network: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The gradients that belong to no parameter of a headless model, under the update's own names.
+
+        Args:
+            network: The headless model.
+
+        Raises:
+            UpdateError: A name is like the backbone's and yet unknown.
+        """
+        inside = dict(network.named_parameters())
+        return {n: tensor for n, tensor in self.gradients.items() if _backbone_name(n, network, inside) is None}
+
     def for_backbone(self, network: PreTrainedModel) -> dict[str, torch.Tensor]:
         """The gradients that belong to a headless model, under the names that model uses.
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import (
     AutoModel,
     CamembertConfig,
@@ -113,6 +114,20 @@ def assert_exact(found: Reconstruction, wanted: Collection[tuple[int, ...]], sta
     complete = (Status.TEXTS_COMPLETE, Status.ROWS_COMPLETE)
     assert found.status in (complete if status is None else (status,)), found.diagnosis
     assert found.confirmed == found.sequences, found.confirmations
+
+
+def friends(count: int, *groups: list[int]) -> Tensor:
+    """Which tokens stand together: all of a group.
+
+    Args:
+        count: How many tokens there are.
+        groups: Groups of tokens.
+    """
+    table = torch.zeros(count, count, dtype=torch.bool)
+    for group in groups:
+        for one in group:
+            table[one, [other for other in group if other != one]] = True
+    return table
 
 
 def word_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:

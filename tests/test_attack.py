@@ -232,7 +232,7 @@ def test_results_do_not_depend_on_seed_or_memory(tiny_gpt2: LanguageModel, rando
     for found in runs:
         assert_exact(found, truth(tiny_gpt2, texts))
         assert found.sequences == runs[0].sequences and found.scores == pytest.approx(runs[0].scores, rel=1e-3)
-    assert set(runs[0].seconds) == {"subspace", "filter", "search", "total"}
+    assert set(runs[0].seconds) == {"subspace", "filter", "search", "completion", "total"}
     assert {tap.kind: rank for tap, rank in runs[0].ranks.items() if tap.block == 0}[QKV] > 0
     assert {stage for stage, *_ in calls} == {"filter", "search"}
 

@@ -33,6 +33,8 @@ RECOVER_KEYS = {
     "n_parameters_used",
 }
 SCORE_KEYS = {
+    "counted",
+    "labelled",
     "rouge1",
     "rouge2",
     "rougeL",
@@ -287,5 +289,5 @@ def test_the_attack_is_handed_the_update_and_nothing_of_the_truth(folder, monkey
 
     monkeypatch.setattr(module, "attack", spy)
     assert main(["attack", "--model", folder, *BATCH]) == 0
-    assert set(handed) <= {"positional", "config", "progress"} and len(handed["positional"]) == 2
+    assert set(handed) <= {"positional", "head", "config", "progress"} and len(handed["positional"]) == 2
     assert not any(text in repr((handed["positional"][1], handed["config"])) for text in TEXTS)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import friends
 from torch import Tensor
 
 from dager_tutorial.client.batch import encode
@@ -84,15 +85,6 @@ def planted(together: Tensor, places: list[int]) -> Clues:
     coefficients = torch.nn.functional.one_hot(torch.tensor(places)).T.double()
     wide = coefficients > 0
     return Clues(torch.arange(len(places)), wide, wide, coefficients, (), together)
-
-
-def friends(count: int, *groups: list[int]) -> Tensor:
-    """Which tokens stand together: all of a group."""
-    table = torch.zeros(count, count, dtype=torch.bool)
-    for group in groups:
-        for one in group:
-            table[one, [other for other in group if other != one]] = True
-    return table
 
 
 def test_companions_leave_out_what_may_be_a_mistake() -> None:

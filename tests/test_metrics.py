@@ -165,7 +165,7 @@ def test_by_hand(batch, recovered, expected):
 
 def test_special_tokens_earn_nothing_but_an_unknown_word_is_content():
     frame_only = scored(found("[CLS] [SEP]"), ["a b"], FRAMED)
-    assert frame_only.pairs == (("a b", "", False),)
+    assert frame_only.pairs == (("a b", "", False, ()),)
     assert [getattr(frame_only, name) for name in NUMBERS] == [0] * 5
     unframed = scored(found("a b"), ["a b"], FRAMED)
     assert (unframed.rouge2, unframed.exact, unframed.token_accuracy) == (1, 0, 0)
@@ -203,7 +203,7 @@ def test_a_mask_is_content_and_the_seed_says_where_it_is():
 
 def test_truncated_as_the_client_truncates():
     result = scored(found("a b"), ["a b c d"], PLAIN, max_length=2)
-    assert result.pairs == (("a b c d", "a b", True),)
+    assert result.pairs == (("a b c d", "a b", True, ()),)
     assert (result.exact, result.n_tokens, result.hidden_size) == (1, 2, 8)
     assert "pairs" not in result.to_json()
 
@@ -211,7 +211,7 @@ def test_truncated_as_the_client_truncates():
 def by_hand(texts: list[str], sequences: list[tuple[int, ...]], frame: set[int]) -> Truth:
     """A truth that no tokenizer made, of a next-token client."""
     labels, n_tokens = (0,) * len(texts), sum(len(ids) + 1 for ids in sequences)
-    return Truth(tuple(texts), labels, tuple(sequences), n_tokens, "next_token", 8, frozenset(frame))
+    return Truth(tuple(texts), labels, tuple(sequences), tuple(sequences), n_tokens, "next_token", 8, frozenset(frame))
 
 
 def test_exact_is_told_by_tokens_not_by_texts():
@@ -228,7 +228,7 @@ def test_a_text_of_which_nothing_can_be_recovered_is_left_out(frame):
     truth = by_hand(["a", "b c"], [frame, (*frame, 6)], set(frame))
     result = score(Reconstruction(((*frame, 6),), ("b",), (1.0,), Status.PARTIAL), truth)
     assert [getattr(result, name) for name in NUMBERS] == [1] * 5
-    assert result.pairs == (("a", "", False), ("b c", "b", True))
+    assert result.pairs == (("a", "", False, ()), ("b c", "b", True, ()))
     assert (result.batch_size, result.n_tokens) == (2, 3 + 2 * len(frame))
 
 

@@ -46,7 +46,14 @@ MISTAKES = {
     "no result of dager recover": ["score", "BROKEN.json", "--model", "MODEL", "--text", "a"],
     "result.json": ["score", "result.json", "--model", "MODEL", "--text", "a"],
     "wte": ["attack", "--model", "MODEL", "--text", "a", "--share", "wte.weight"],
-    "its status 'exact' is unknown (known: texts_complete": ["score", "OLD.json", "--model", "MODEL", "--text", "a"],
+    "its status 'exact' is unknown (known: certified, texts_complete": [
+        "score",
+        "OLD.json",
+        "--model",
+        "MODEL",
+        "--text",
+        "a",
+    ],
     "time_budget is 0": ["attack", "--model", "MODEL", "--text", "a", "--time-budget", "0"],
     "not valid UTF-8": ["attack", "--model", "MODEL", "--text", "caf\udce9"],
 }

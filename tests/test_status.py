@@ -51,6 +51,7 @@ def assert_nothing_found(found: Reconstruction, *statuses: Status) -> None:
 
 def test_every_status_explains_itself() -> None:
     assert {status.value for status in Status} == {
+        "certified",
         "texts_complete",
         "rows_complete",
         "ends_confirmed",
@@ -78,7 +79,7 @@ def test_what_counts_as_confirmed() -> None:
     assert [each.certainty for each in confirmations] == [Certainty.WHOLE, Certainty.ROWS, Certainty.GUESS]
     for status in Status:
         found = Reconstruction(sequences, ("a", "b", "c"), (1.0, 1.0, 9.0), status, confirmations)
-        explained = status in (Status.TEXTS_COMPLETE, Status.ROWS_COMPLETE)
+        explained = status in (Status.CERTIFIED, Status.TEXTS_COMPLETE, Status.ROWS_COMPLETE)
         assert found.confirmed == sequences[: 2 if explained else 1]
     assert Reconstruction(sequences, ("a", "b", "c"), (1.0, 1.0, 9.0), Status.PARTIAL).confirmed == ()
     tap = Tap(2, MLP, ("w",))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # By value, not by member: the enumerations come with torch, and help does without.
 COLOURS = {
+    "certified": "bold green",
     "texts_complete": "bold green",
     "rows_complete": "bold green",
     "ends_confirmed": "bold green",
@@ -153,28 +154,56 @@ def recovered_table(found: Reconstruction) -> Table:
     """The recovered texts: by what each is confirmed, and its calibrated residual ratio (about 1 when true)."""
     certainties = [confirmation.certainty.value for confirmation in found.confirmations] or ["-"] * len(found.texts)
     legend = [f"{name} = {CERTAINTIES[name][1]}" for name in CERTAINTIES if name in certainties and name != "whole"]
-    table = headed("confirmed", "ratio", left=["confirmed"], expand=True, caption_justify="left")
+    more = _labels_and_copies(found)
+    table = headed("confirmed", "ratio", *more, left=["confirmed"], expand=True, caption_justify="left")
     table.caption = f"confirmed: {'; '.join(legend)}" if legend else None
     table.add_column("recovered text", ratio=1, overflow="fold")
-    for certainty, ratio, text in zip(certainties, found.scores, found.texts, strict=True):
-        table.add_row(Text(certainty, CERTAINTIES[certainty][0]), f"{ratio:.2f}", Text(printable(text)))
+    for place, (certainty, text) in enumerate(zip(certainties, found.texts, strict=True)):
+        said = (column[place] for column in more.values())
+        mark = Text(certainty, CERTAINTIES[certainty][0])
+        table.add_row(mark, f"{found.scores[place]:.2f}", *said, Text(printable(text)))
     return table
+
+
+def _labels_and_copies(found: Reconstruction) -> dict[str, list[str]]:
+    """The columns that completion adds: labels where any is known, copies where any text has several."""
+    columns = {}
+    if any(found.labels):
+        columns["label"] = [classes_of(labels) for labels in found.labels]
+    if any((number or 1) > 1 for number in found.copies):
+        columns["copies"] = [plain(number) for number in found.copies]
+    return columns
+
+
+def classes_of(labels: Sequence[int]) -> str:
+    """The labels of one text for people: each once, a dash for none.
+
+    Args:
+        labels: One a copy.
+
+    Example:
+        >>> classes_of((1, 1)), classes_of((0, 1)), classes_of(())
+        ('1', '0, 1', '-')
+    """
+    return ", ".join(map(str, sorted(set(labels)))) or "-"
 
 
 def beside_table(pairs: Sequence[Pair]) -> Table:
     """Recovered texts beside the true ones, the exact ones marked.
 
     Args:
-        pairs: The true text, the recovered one ("" where nothing was recovered), and whether they are the same
-            tokens, however the tokenizer spells them.
+        pairs: The true text, the recovered one ("" where nothing was recovered), whether they are the same tokens,
+            however the tokenizer spells them, and the labels that were recovered with it.
     """
-    table = headed("", left=[""], expand=True, leading=1)
+    labelled = any(pair.labels for pair in pairs)
+    table = headed("", *(["label"] if labelled else []), left=["", "label"], expand=True, leading=1)
     table.add_column("recovered by the server", ratio=1, overflow="fold")
     table.add_column("what the client wrote", ratio=1, overflow="fold", style="dim")
     for pair in pairs:
         mark = Text("✓", "bold green") if pair.exact else Text("✗", "bold red")
         shown = Text(printable(pair.recovered) or "nothing", "green" if pair.exact else "yellow")
-        table.add_row(mark, shown, Text(printable(pair.text)))
+        label = [Text(classes_of(pair.labels))] if labelled else []
+        table.add_row(mark, *label, shown, Text(printable(pair.text)))
     return table
 
 

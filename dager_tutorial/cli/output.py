@@ -130,6 +130,9 @@ def _reconstruction(record: Any) -> Reconstruction:
         scores=tuple(math.nan if ratio is None else float(ratio) for ratio in record["scores"]),
         status=_status(record["status"]),
         confirmations=tuple(map(_confirmation, record.get("confirmations", ()))),
+        labels=tuple(tuple(map(operator.index, labels)) for labels in record.get("labels", ())),
+        copies=tuple(None if number is None else operator.index(number) for number in record.get("copies", ())),
+        with_targets=bool(record.get("with_targets", False)),
     )
 
 

@@ -16,6 +16,8 @@ from dager_tutorial.cli import display, output
 from dager_tutorial.cli.options import (
     BatchOptions,
     ClientOptions,
+    Completion,
+    HeadOptions,
     Labels,
     ModelOptions,
     OutputOptions,
@@ -28,6 +30,7 @@ from dager_tutorial.cli.progress import progress, stoppable, waiting
 
 if TYPE_CHECKING:
     from dager_tutorial.evaluation.metrics import Score
+    from dager_tutorial.models.heads import Head
     from dager_tutorial.models.language_model import LanguageModel
     from dager_tutorial.reconstruction import Reconstruction
     from dager_tutorial.server.budget import AttackConfig
@@ -67,15 +70,18 @@ def recover(
     *,
     update: UpdateFile,
     model: ModelOptions,
+    head: HeadOptions,
+    completion: Completion = False,
     time_budget: TimeBudget = None,
     seed: Seed = 0,
     results: OutputOptions,
 ) -> None:
-    """Play the server: recover the batch from an update file and the model, and from nothing else."""
+    """Play the server: recover the batch from an update file, the model and its head, and from nothing else."""
     from dager_tutorial.update import Update
 
-    limits, loaded = _limits(seed, time_budget), Update.load(update)
-    found = _attacked(model.load(), loaded, limits)
+    limits, loaded = _limits(seed, time_budget, completion), Update.load(update)
+    known = head.load(seed)
+    found = _attacked(model.load(), loaded, known, limits)
     table = display.recovered_table(found) if found.sequences else "nothing was recovered"
     results.finish(found.to_json(), display.status_lines(found), table, display.times_table(found.seconds))
 
@@ -108,19 +114,20 @@ def attack(
     batch: BatchOptions,
     label: Labels = None,
     client: ClientOptions,
+    completion: Completion = False,
     time_budget: TimeBudget = None,
     seed: Seed = 0,
     results: OutputOptions,
 ) -> None:
     """Capture, recover and score in one go: how much would this batch give away?"""
     texts, labels = batch.draw(seed, label)
-    config, limits, language_model = client.config(seed), _limits(seed, time_budget), model.load()
-    from dager_tutorial.client.step import play
+    config, limits, language_model = client.config(seed), _limits(seed, time_budget, completion), model.load()
+    from dager_tutorial.client.step import head_of, play
     from dager_tutorial.evaluation import metrics
 
     with waiting(COMPUTING):
         update, truth = play(language_model, texts, labels, config=config)
-    found = _attacked(language_model, update, limits)
+    found = _attacked(language_model, update, head_of(config, truth.labels), limits)
     points = metrics.score(found, truth)
     shown = (display.status_lines(found), *_compared(points), display.times_table(found.seconds))
     results.finish(found.to_json() | points.to_json(), *shown)
@@ -138,19 +145,19 @@ def inspect(*, update: UpdateFile, model: ModelOptions, seed: Seed = 0, results:
     results.finish(inspection.to_json(), about, display.ranks_table(inspection.rows), inspection.verdict)
 
 
-def _limits(seed: int, time_budget: float | None) -> AttackConfig:
+def _limits(seed: int, time_budget: float | None, complete: bool) -> AttackConfig:
     """What the attack may cost."""
     from dager_tutorial.server.budget import AttackConfig
 
-    return AttackConfig(seed=seed, time_budget=time_budget)
+    return AttackConfig(seed=seed, time_budget=time_budget, complete=complete)
 
 
-def _attacked(model: LanguageModel, update: Update, limits: AttackConfig) -> Reconstruction:
+def _attacked(model: LanguageModel, update: Update, head: Head | None, limits: AttackConfig) -> Reconstruction:
     """Recover the batch from the update, with a progress bar where somebody watches; Ctrl-C gives what was found."""
     from dager_tutorial.server.attack import attack
 
     with progress() as advance, stoppable() as stop:
-        return attack(model, update, config=replace(limits, stop=stop), progress=advance)
+        return attack(model, update, head=head, config=replace(limits, stop=stop), progress=advance)
 
 
 def _compared(points: Score) -> tuple[RenderableType, ...]:

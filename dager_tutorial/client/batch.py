@@ -20,6 +20,7 @@ from dager_tutorial.client.masking import IGNORED, masked_inputs
 from dager_tutorial.errors import DagerError, quote
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel, frame_ids
+from dager_tutorial.models.training import filled
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class Truth:
     Attributes:
         texts: The batch.
         labels: One class per text.
-        sequences: Token ids of each text, special ones included, that the network saw and an attack can recover: all
-            but the last one under `next_token` (it is a target and no input), the corrupted text under `masked`.
+        sequences: Token ids of each text, special ones included, as the network saw them: all but the last one under
+            `next_token` (it is a target and no input), the corrupted text under `masked`.
+        wholes: The same with what is only a target: the last token, and what stood behind the masks.
         n_tokens: Number of tokens that the client trained on, special ones included, pads never.
         task: What was trained.
         hidden_size: Width of the model's hidden states.
@@ -40,6 +42,7 @@ class Truth:
     texts: tuple[str, ...]
     labels: tuple[int, ...]
     sequences: tuple[tuple[int, ...], ...]
+    wholes: tuple[tuple[int, ...], ...]
     n_tokens: int
     task: str
     hidden_size: int
@@ -62,6 +65,13 @@ class PrivateBatch:
     inputs: list[list[int]]
     targets: list[list[int]] | None
 
+    def _originals(self) -> list[tuple[int, ...]]:
+        """The texts before any token was masked."""
+        if self.targets is None:
+            return [tuple(ids) for ids in self.inputs]
+        pairs = zip(self.inputs, self.targets, strict=True)
+        return [tuple(a if b == IGNORED else b for a, b in zip(*pair, strict=True)) for pair in pairs]
+
     def truth(self, model: LanguageModel, task: str) -> Truth:
         """What an attack on this batch can recover.
 
@@ -70,10 +80,13 @@ class PrivateBatch:
             task: What is trained.
         """
         end = -1 if task == "next_token" else None
+        seen = [tuple(ids[:end]) for ids in self.inputs]
         return Truth(
             texts=self.texts,
             labels=self.labels,
-            sequences=tuple(tuple(ids[:end]) for ids in self.inputs),
+            sequences=tuple(seen),
+            # Of a text of a single token nothing is seen and nothing is asked for.
+            wholes=tuple(ids if one else () for ids, one in zip(self._originals(), seen, strict=True)),
             n_tokens=sum(map(len, self.inputs)),
             task=task,
             hidden_size=model.hidden_size,
@@ -177,17 +190,9 @@ def pad(batch: PrivateBatch, token: int, side: str, device: torch.device) -> Pad
         side: `right` or `left`.
         device: Where the tensors go.
     """
-    filled = partial(_filled, side=side, device=device)
-    mask = filled([[1] * len(ids) for ids in batch.inputs], 0)
-    return Padded(filled(batch.inputs, token), mask, None if batch.targets is None else filled(batch.targets, IGNORED))
-
-
-def _filled(rows: list[list[int]], value: int, side: str, device: torch.device) -> Int[Tensor, "batch length"]:
-    """The rows, filled up to the longest with a value."""
-    longest = max(map(len, rows))
-    fills = [[value] * (longest - len(row)) for row in rows]
-    whole = [row + fill if side == "right" else fill + row for row, fill in zip(rows, fills, strict=True)]
-    return torch.tensor(whole, device=device)
+    fill = partial(filled, side=side, device=device)
+    mask = fill([[1] * len(ids) for ids in batch.inputs], 0)
+    return Padded(fill(batch.inputs, token), mask, None if batch.targets is None else fill(batch.targets, IGNORED))
 
 
 def _tokens(model: LanguageModel, texts: Sequence[str], max_length: int | None, positions: int) -> list[list[int]]:

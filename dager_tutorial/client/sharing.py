@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -60,23 +59,6 @@ def check_memory(shared: dict[str, nn.Parameter], share: str | Sequence[str]) ->
             f"the gradients of share {quote(share)} take {wanted / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
             "share fewer, such as 'layers.0.self_attn.*' (in any model: names with * for what varies)"
         )
-
-
-@contextmanager
-def requiring_grad(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Let just these parameters require a gradient for a while.
-
-    Args:
-        parameters: Parameters by name.
-    """
-    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(before[name])
 
 
 def _attention_parameters(adapter: Adapter) -> set[int]:

@@ -5,10 +5,8 @@ The client runs the model classes of transformers unmodified.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,14 +15,15 @@ from transformers import PreTrainedModel
 
 from dager_tutorial.client.batch import Padded, PrivateBatch, Truth, pad, read_batch
 from dager_tutorial.client.config import DTYPES, ClientConfig
-from dager_tutorial.client.heads import head_settings, with_head
 from dager_tutorial.client.masking import IGNORED
-from dager_tutorial.client.sharing import check_memory, requiring_grad, shared_parameters
+from dager_tutorial.client.sharing import check_memory, shared_parameters
 from dager_tutorial.errors import DagerError, UpdateError, quote
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.adapter import Adapter
+from dager_tutorial.models.heads import Head, pad_for, with_head
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.models.streaming import absent, is_absent, is_streamed, recomputed
+from dager_tutorial.models.streaming import is_absent, is_streamed, recomputed
+from dager_tutorial.models.training import in_dtype, requiring_grad
 from dager_tutorial.update import Update
 
 
@@ -84,13 +83,24 @@ def play(
     return _update(model, batch, config), batch.truth(model, config.task)
 
 
+def head_of(config: ClientConfig, labels: Sequence[int] | None = None) -> Head:
+    """The head that the server hands out to such a client: all that it must know to simulate a step.
+
+    Args:
+        config: What the client does.
+        labels: The classes of its batch: there are as many as the largest tells, at least two.
+    """
+    return Head(config.task, max([1, *(labels or ())]) + 1, config.seed, config.head_std)
+
+
 def _update(model: LanguageModel, batch: PrivateBatch, config: ClientConfig) -> Update:
     """Forward and backward pass of the client's network."""
-    backbone = _in_dtype(model.network, getattr(torch, config.dtype))
+    backbone = in_dtype(model.network, getattr(torch, config.dtype))
     adapter = adapter_for(backbone)
-    settings = head_settings(backbone, model.tokenizer, batch.inputs, max(2, max(batch.labels) + 1))
-    client = with_head(backbone, settings, config)
-    padded = pad(batch, settings.pad_token_id, config.padding_side, model.device)
+    client = with_head(backbone, model.tokenizer, head_of(config, batch.labels))
+    token = pad_for(client.config, model.tokenizer, {ids[-1] for ids in batch.inputs})
+    client.config.pad_token_id = token
+    padded = pad(batch, token, config.padding_side, model.device)
     shared = shared_parameters(client, adapter, config.share)
     streamed = is_streamed(backbone)
     if streamed:
@@ -98,25 +108,6 @@ def _update(model: LanguageModel, batch: PrivateBatch, config: ClientConfig) -> 
     with requiring_grad(shared), recomputed(client) if streamed else nullcontext():
         gradients = _gradients(_loss(client, adapter, padded, batch.labels, config), shared, config.share)
     return _as_update(gradients, model, config.dtype)
-
-
-def _in_dtype(network: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The network itself when it has the dtype, else a copy with converted parameters.
-
-    Buffers keep theirs: transformers holds rotary frequencies in float32 whatever the weights are.
-    """
-    if network.dtype == dtype:
-        return network
-    converted: dict[int, Any] = {
-        id(parameter): nn.Parameter(_converted(parameter.detach(), dtype), requires_grad=False)
-        for parameter in network.parameters()
-    }
-    return copy.deepcopy(network, converted)  # a memo: these take the place of copies of the originals
-
-
-def _converted(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers in another dtype; those that are out of memory stay out."""
-    return absent(parameter, dtype) if is_absent(parameter) else parameter.to(dtype)
 
 
 def _loss(

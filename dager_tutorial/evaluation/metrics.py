@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,11 +30,13 @@ class Pair(NamedTuple):
         text: The text as the client has it.
         recovered: The text of the sequence that was assigned to it, "" where none was.
         exact: Whether this sequence is the truth, token by token: texts may differ where tokens do not.
+        labels: The labels that were recovered with it, one a copy.
     """
 
     text: str
     recovered: str
     exact: bool
+    labels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Score:
         exact: Fraction of texts recovered exactly, token by token, special tokens included.
         token_accuracy: Fraction of all true tokens of the batch, special tokens left out, that stand at the
             same position of the assigned sequence.
+        counted: Fraction of the batch's texts that came back as often as they occur: of a text that occurs twice and is
+            recovered once, with no count, one is missing.
+        labelled: The same with the right label; under other tasks than classification labels are not asked for.
         batch_size: Number of texts.
         n_tokens: Number of tokens that the client trained on, special tokens included, pads never.
         hidden_size: Width of the model's hidden states.
@@ -60,6 +65,8 @@ class Score:
     rougeL: float
     exact: float
     token_accuracy: float
+    counted: float
+    labelled: float
     batch_size: int
     n_tokens: int
     hidden_size: int
@@ -75,6 +82,7 @@ class _Found(NamedTuple):
 
     ids: Ids
     text: str
+    labels: tuple[int, ...] = ()
 
 
 _NOTHING = _Found((), "")
@@ -103,26 +111,60 @@ def score(found: Reconstruction, truth: Truth) -> Score:
 
     See chapter `10_whole_attack`.
     """
-    counts = Counter(ids for ids in truth.sequences if not truth.frame.issuperset(ids))
+    sequences = wanted(found, truth)
+    counts = Counter(ids for ids in sequences if not truth.frame.issuperset(ids))
     if not counts:
         raise DagerError(f"nothing to score: no text of the batch has a token to recover with task {truth.task!r}")
     assigned = _assigned(found, counts, truth.frame)
     return Score(
         **_means({ids: one.ids for ids, one in assigned.items()}, counts, truth.frame),
+        counted=_share(_copies(found), Counter(sequences)),
+        labelled=_share(_labelled(found), Counter(zip(sequences, truth.labels, strict=True))),
         batch_size=len(truth.texts),
         n_tokens=truth.n_tokens,
         hidden_size=truth.hidden_size,
         pairs=tuple(
-            Pair(text, assigned.get(ids, _NOTHING).text, ids in assigned and assigned[ids].ids == ids)
-            for text, ids in zip(truth.texts, truth.sequences, strict=True)
+            _pair(text, ids, assigned.get(ids, _NOTHING)) for text, ids in zip(truth.texts, sequences, strict=True)
         ),
     )
+
+
+def wanted(found: Reconstruction, truth: Truth) -> tuple[Ids, ...]:
+    """What a reconstruction is compared with: whole texts where it holds targets, else what the network saw.
+
+    Args:
+        found: What the server found.
+        truth: What the client kept.
+    """
+    return truth.wholes if found.with_targets else truth.sequences
+
+
+def _pair(text: str, ids: Ids, one: _Found) -> Pair:
+    return Pair(text, one.text, bool(ids) and one.ids == ids, one.labels)
+
+
+def _copies(found: Reconstruction) -> Counter[Any]:
+    """Every recovered text, as often as it is said to occur: once where nothing is said."""
+    copies = found.copies or [None] * len(found.sequences)
+    return Counter({ids: number or 1 for ids, number in zip(found.sequences, copies, strict=True)})
+
+
+def _labelled(found: Reconstruction) -> Counter[Any]:
+    """Every recovered text with each of its labels."""
+    pairs = zip(found.sequences, found.labels or [()] * len(found.sequences), strict=True)
+    return Counter((ids, label) for ids, labels in pairs for label in labels)
+
+
+def _share(found: Counter[Any], wanted: Counter[Any]) -> float:
+    """The share of what is wanted that was found, each as often as it is wanted."""
+    return (found & wanted).total() / wanted.total()
 
 
 def _assigned(found: Reconstruction, counts: Mapping[Ids, int], frame: frozenset[int]) -> dict[Ids, _Found]:
     """What was recovered of each distinct truth; both sides are sorted, so that no order can decide anything."""
     truths = sorted(counts)
-    recovered = sorted(_Found(tuple(ids), text) for ids, text in zip(found.sequences, found.texts, strict=True))
+    labels = found.labels or [()] * len(found.sequences)
+    recovered = sorted(_Found(*each) for each in zip(found.sequences, found.texts, labels, strict=True))
     columns = assign(truths, [counts[ids] for ids in truths], [one.ids for one in recovered], frame)
     return {ids: _NOTHING if column is None else recovered[column] for ids, column in zip(truths, columns, strict=True)}
 

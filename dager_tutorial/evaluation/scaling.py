@@ -16,7 +16,7 @@ from dager_tutorial.evaluation.rows import distinct_rows
 from dager_tutorial.evaluation.timing import labelled, timed, warm_up
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.server.attack import STAGES, attack
+from dager_tutorial.server.attack import SEARCH_STAGES, attack
 from dager_tutorial.server.budget import Progress
 
 SHORTEST = 1e-3
@@ -93,7 +93,7 @@ def bench_scaling(
             hidden_size=truth.hidden_size,
             seconds=spent.seconds,
             cpu_seconds=spent.cpu_seconds,
-            stage_seconds={stage: spent.result.seconds.get(stage, 0.0) for stage in STAGES},
+            stage_seconds={stage: spent.result.seconds.get(stage, 0.0) for stage in SEARCH_STAGES},
             exact=score(spent.result, truth).exact,
             status=spent.result.status.value,
             peak_rss_mb=spent.result.peak_rss_mb,
@@ -112,7 +112,7 @@ def growth(runs: Sequence[ScalingRun]) -> dict[str, float | None]:
     Returns:
         By stage, and under `total`; None where fewer than two batches tell.
     """
-    stages = {stage: [run.stage_seconds[stage] for run in runs] for stage in STAGES}
+    stages = {stage: [run.stage_seconds[stage] for run in runs] for stage in SEARCH_STAGES}
     rows = [run.rows for run in runs]
     return {
         stage: exponent(rows, times) for stage, times in (stages | {"total": [run.seconds for run in runs]}).items()

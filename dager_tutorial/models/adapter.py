@@ -99,7 +99,7 @@ class Adapter(ABC):
 
         Args:
             block: Index of the block, from 0.
-            kind: One of `KINDS`, or `QUERY`.
+            kind: One of `KINDS`, `QUERY` or `MLP_OUTPUT`.
         """
         names = tuple(self._weight_names[id(linear.weight)] for linear in self.linear_maps(block, kind))
         fused = kind == QUERY and len(self.linear_maps(block, QKV)) == 1

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dager_tutorial.models.adapter import EncoderAdapter, Projections, Vectors
 from dager_tutorial.models.first_input import FirstInput
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, QUERY
 
 
 class BertAdapter(EncoderAdapter):
@@ -51,6 +51,7 @@ class BertAdapter(EncoderAdapter):
             QUERY: (attention.query,),
             ATTENTION_OUTPUT: (part.attention.output.dense,),
             MLP: (part.intermediate.dense,),
+            MLP_OUTPUT: (part.output.dense,),
         }[kind]
 
     def project(self, block: int, vectors: Vectors) -> Projections:

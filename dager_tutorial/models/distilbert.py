@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dager_tutorial.models.adapter import EncoderAdapter, Projections, Vectors
 from dager_tutorial.models.first_input import FirstInput
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, QUERY
 
 
 class DistilBertAdapter(EncoderAdapter):
@@ -49,6 +49,7 @@ class DistilBertAdapter(EncoderAdapter):
             QUERY: (attention.q_lin,),
             ATTENTION_OUTPUT: (attention.out_lin,),
             MLP: (part.ffn.lin1,),
+            MLP_OUTPUT: (part.ffn.lin2,),
         }[kind]
 
     def project(self, block: int, vectors: Vectors) -> Projections:

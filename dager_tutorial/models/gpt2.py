@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dager_tutorial.models.adapter import DecoderAdapter, RowProjections, Rows
 from dager_tutorial.models.first_input import FirstInput
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT
 
 
 class GPT2Adapter(DecoderAdapter):
@@ -45,7 +45,11 @@ class GPT2Adapter(DecoderAdapter):
     def linear_maps(self, block: int, kind: str) -> tuple[nn.Module, ...]:
         """The linear modules that read the tap `kind` of a block."""
         part = self.blocks[block]
-        return {MLP: (part.mlp.c_fc,), ATTENTION_OUTPUT: (part.attn.c_proj,)}.get(kind, (part.attn.c_attn,))
+        return {
+            ATTENTION_OUTPUT: (part.attn.c_proj,),
+            MLP: (part.mlp.c_fc,),
+            MLP_OUTPUT: (part.mlp.c_proj,),
+        }.get(kind, (part.attn.c_attn,))
 
     def embed(self, token_ids: Int[Tensor, " rows"], position: int) -> Rows:
         """Hidden states (tokens x width) that tokens (int64) have before block 0 at a position."""

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dager_tutorial.models.adapter import DecoderAdapter, RowProjections, Rows
 from dager_tutorial.models.first_input import FirstInput
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, QUERY
 
 
 class LlamaAdapter(DecoderAdapter):
@@ -51,6 +51,7 @@ class LlamaAdapter(DecoderAdapter):
             QUERY: (attention.q_proj,),
             ATTENTION_OUTPUT: (attention.o_proj,),
             MLP: (mlp.gate_proj, mlp.up_proj),
+            MLP_OUTPUT: (mlp.down_proj,),
         }[kind]
 
     def embed(self, token_ids: Int[Tensor, " rows"], position: int) -> Rows:

@@ -13,7 +13,8 @@ QKV = "query, key, value"
 QUERY = "query"
 ATTENTION_OUTPUT = "attention output"
 MLP = "MLP"
-KINDS = (QKV, ATTENTION_OUTPUT, MLP)  # QUERY is a part of the first
+MLP_OUTPUT = "MLP output"
+KINDS = (QKV, ATTENTION_OUTPUT, MLP)  # QUERY is a part of the first; MLP_OUTPUT has inputs wider than the model
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,14 @@ Nothing here has a threshold to set. Each stage is a file of its own: `subspace`
 
 from __future__ import annotations
 
+from functools import partial
+
 from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.budget import AttackConfig, Budget, Progress
+from dager_tutorial.server.completion.run import completed
 from dager_tutorial.server.decoder.run import recover_prefixes
 from dager_tutorial.server.encoder.run import recover_texts
 from dager_tutorial.server.evidence import Evidence, evidence_of
@@ -19,13 +23,15 @@ from dager_tutorial.server.verdict import unreadable
 from dager_tutorial.stopwatch import Stopwatch, peak_memory_mb
 from dager_tutorial.update import Update
 
-STAGES = ("subspace", "filter", "search")
+SEARCH_STAGES = ("subspace", "filter", "search")
+STAGES = (*SEARCH_STAGES, "completion")
 
 
 def attack(
     model: LanguageModel,
     update: Update,
     *,
+    head: Head | None = None,
     config: AttackConfig | None = None,
     progress: Progress | None = None,
 ) -> Reconstruction:
@@ -34,6 +40,8 @@ def attack(
     Args:
         model: The model both sides know.
         update: What the client sent, and all that is known of the batch.
+        head: The head that the server handed out, and so the task. None: the task is read off the update, and of a
+            freshly drawn head the seed is taken to be the usual one. Where it is another, texts come without labels.
         config: What the run may cost.
         progress: Called with the stage, what is done and the total or None.
 
@@ -50,12 +58,18 @@ def attack(
     watch = Stopwatch()
     budget = Budget.of(config, watch.begin, progress)
     evidence = evidence_of(model, update, watch)
-    outcome = unreadable(evidence) or _recovered(evidence, budget, config.without)
+    search = partial(_searched, budget=budget, without=config.without)
+    outcome = search(evidence)
+    if config.complete:
+        outcome = completed(model, update, head, evidence, search, outcome, budget)
     return _reconstruction(model, evidence, outcome)
 
 
-def _recovered(evidence: Evidence, budget: Budget, without: frozenset[str]) -> Outcome:
-    """The outcome of the search that fits the architecture."""
+def _searched(evidence: Evidence, budget: Budget, without: frozenset[str]) -> Outcome:
+    """The outcome of the search that fits the architecture, of an update or of what remains of one."""
+    nothing = unreadable(evidence)
+    if nothing is not None:
+        return nothing
     if isinstance(evidence.adapter, DecoderAdapter):
         return recover_prefixes(evidence, budget)
     return recover_texts(evidence, budget, without)
@@ -69,6 +83,11 @@ def _reconstruction(model: LanguageModel, evidence: Evidence, outcome: Outcome) 
         scores=tuple(text.ratio for text in outcome.texts),
         status=outcome.status,
         confirmations=tuple(text.confirmation for text in outcome.texts),
+        labels=tuple(text.labels for text in outcome.texts),
+        copies=tuple(text.copies for text in outcome.texts),
+        with_targets=outcome.with_targets,
+        batch_size=outcome.size,
+        unexplained=outcome.unexplained,
         diagnosis=outcome.diagnosis,
         seconds=evidence.watch.report(*STAGES),
         ranks={tap: span.rank for tap, span in evidence.spans.items() if span is not None},

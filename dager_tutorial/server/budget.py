@@ -28,6 +28,8 @@ class AttackConfig:
         memory_mb: Megabytes that intermediate results may take, besides model and update.
         without: Parts of the encoder search to leave out, for ablations: any of `PARTS`.
         stop: Asked often; once it says yes, every stage returns what it has, as when the time is spent. None for never.
+        complete: Whether what the search finds is completed: weighed, taken off the update, searched again and
+            proven. It costs a little more than a step of the client.
 
     Raises:
         DagerError: A limit that no run can keep, or an unknown part.
@@ -42,6 +44,7 @@ class AttackConfig:
     memory_mb: int = 512
     without: frozenset[str] = frozenset()
     stop: Callable[[], bool] | None = None
+    complete: bool = False
 
     def __post_init__(self) -> None:
         """Refuse budgets that no run can keep."""

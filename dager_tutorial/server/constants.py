@@ -77,7 +77,7 @@ class Constants:
     )
     largest_deviation: float = _constant(6.0, "deviations beyond which a tap's evidence says no more", "measured")
     logistic_ridge: float = _constant(10.0, "ridge of the regression that weighs the evidence of taps", "measured")
-    newton_steps: int = _constant(25, "steps of Newton's method in that regression", "cost")
+    logistic_steps: int = _constant(25, "steps of Newton's method in that regression", "cost")
     example_rows: int = _constant(1600, "rows of simulated batches that the regression sees, at least", "statistics")
     fewest_usual: int = _constant(32, "false rows that tell what is usual at some positions", "statistics")
     patience: int = _constant(16, "positions that a search goes on behind the last end that it found", "chosen")
@@ -95,6 +95,26 @@ class Constants:
     simulated_rows: float = _constant(1.2, "rows of a simulated batch over the width, at least", "chosen")
     doubtful_odds: float = _constant(4.0, "log-odds below zero down to which an extension may be doubtful", "measured")
     least_odds: float = _constant(2.5, "log-odds below which a prefix is given up", "measured")
+    # Completion
+    tokens_trained_at_once: int = _constant(1024, "tokens for which the client's step is repeated at once", "cost")
+    most_copies: int = _constant(8, "copies of one text, and texts for each distinct one, that are tried", "cost")
+    finest_count: float = _constant(1e-5, "error of a count that is tried first", "measured: 1e-7 to 1e-5")
+    coarser: float = _constant(6.0, "factor from one error of a count to the next that is tried", "chosen")
+    coarsest_count: float = _constant(0.08, "error above which no count is tried", "chosen")
+    rounded: float = _constant(4.0, "share of an update that 16 bits may leave, in units of their epsilon", "measured")
+    chance_counts: float = _constant(0.05, "chance that numbers which mean nothing are taken for counts", "chosen")
+    certified: float = _constant(1e-5, "share of an update that a reconstruction may leave unexplained", "measured")
+    target_noise: float = _constant(30.0, "a row's gradient may be off by so many expected errors", "measured: 2 to 13")
+    target_rounding: float = _constant(32.0, "and by so much of itself, in units of epsilon", "measured: 3 to 17")
+    endings_tried: int = _constant(16, "tokens whose slopes are computed for what is left of a row", "cost")
+    rows_compared_at_once: int = _constant(64, "rows that are compared with the whole vocabulary at once", "cost")
+    most_endings: int = _constant(32, "tokens that are added to those known to follow a prefix", "cost")
+    unseen: float = _constant(
+        1e-10, "share of the strongest below which no text moves a direction of features", "numerics"
+    )
+    most_conjugate: int = _constant(200, "most steps of conjugate gradients for an unknown head", "cost")
+    tellers: int = _constant(4, "texts, or copies of one, with which the search for an unknown head begins", "chosen")
+    newton_steps: int = _constant(12, "steps of Newton's method for scale and offset of an unknown head", "numerics")
     # Unmixing and incidence (chapters `07_unmixing` and `08_encoder_recovery`)
     ridge: float = _constant(
         1e-3, "ridge of the regression of positions on tokens, share of a token's square", "numerics"
@@ -114,8 +134,17 @@ class Constants:
     growth_rounds: int = _constant(3, "rounds in which a text grows around what is known", "cost")
     polish_directions: int = _constant(48, "random directions in which the polish measures", "cost")
     sweeps: int = _constant(3, "passes of the polish over a text", "cost")
+    loyal: float = _constant(
+        0.66, "share of a token's mates that must be mates of each other, lest it stand in two texts", "measured"
+    )
     short_text: int = _constant(8, "length up to which a text is cut out of the weights at every length", "measured")
     failures: int = _constant(40, "seeds in a row without a text before the search gives up", "cost")
+    stalled: int = _constant(2, "the same where found texts can be taken off the update instead", "cost")
+    full_failures: int = _constant(20, "the same where all directions are full and a seed costs more", "cost")
+    cuts: int = _constant(2, "lengths at which a text is tried where all directions are full", "cost")
+    taken_off: float = _constant(
+        0.125, "found rows, in shares of the width, that are taken off a full update before more are sought", "cost"
+    )
     # Interior point (chapter `08_encoder_recovery`)
     iterations: int = _constant(40, "most iterations of the interior-point method", "cost: 15 to 20 are used")
     solved: float = _constant(3e-6, "residual at which the equations are solved to rounding", "numerics")

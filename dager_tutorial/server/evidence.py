@@ -122,6 +122,15 @@ class Evidence:
             self._usual[tap] = usual(span.log_leverage(inputs[tap].flatten(0, 1)))
         return self._usual[tap]
 
+    def less(self, gradients: Mapping[str, Tensor]) -> Evidence:
+        """The evidence of the same update after known texts were taken off it.
+
+        Args:
+            gradients: What is left, by backbone parameter name.
+        """
+        rest = {name: tensor.to(self.adapter.first_input.tokens.device) for name, tensor in gradients.items()}
+        return Evidence(self.adapter, rest, self.precision, self.watch, _errors=self._errors)
+
     @property
     def used(self) -> set[str]:
         """Names of the parameters whose gradients were read so far."""

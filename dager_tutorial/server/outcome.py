@@ -17,11 +17,15 @@ class FoundText:
         tokens: Token ids.
         ratio: Its residual ratio z, the largest of its rows: about 1 to 2 for a true text.
         confirmation: Whether it is confirmed, and by what.
+        labels: The classes it was trained with, one a copy; empty where nothing tells, or there are none.
+        copies: How often it stands in the batch; None where nothing tells.
     """
 
     tokens: tuple[int, ...]
     ratio: float
     confirmation: Confirmation
+    labels: tuple[int, ...] = ()
+    copies: int | None = None
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,18 @@ class Outcome:
         status: What is known.
         diagnosis: One sentence for people: what this update in particular gave, or why it gave nothing.
         texts: The texts, in the order of their discovery.
+        with_targets: Whether the texts hold what the loss asked for and the network did not see.
+        size: The number of texts in the batch, where it could be told.
+        unexplained: Share of the update (norm over norm, over all shared parameters) that remains when all that was
+            recovered is simulated and taken off; None where it was not simulated.
     """
 
     status: Status
     diagnosis: str
     texts: tuple[FoundText, ...] = ()
+    with_targets: bool = False
+    size: int | None = None
+    unexplained: float | None = None
 
 
 @dataclass(frozen=True)

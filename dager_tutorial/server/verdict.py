@@ -134,6 +134,20 @@ def of_texts(rows: int, expected: int | None, *, late: bool) -> Verdict:
     return Status.PARTIAL, f"{rows} of {expected} rows confirmed: no seed leads to the others"
 
 
+def of_full_texts(found: int, texts: int, *, late: bool) -> Verdict:
+    """The verdict on an encoder's texts where rows cannot be counted.
+
+    Args:
+        found: How many texts the last block confirms.
+        texts: How many it has a row of.
+        late: The time budget was spent.
+    """
+    reason = f"about as many rows as the model is wide: {_of(found, texts)} texts confirmed by the last block"
+    if found == texts:
+        return Status.ENDS_CONFIRMED, reason
+    return (Status.OUT_OF_TIME, f"{reason} when the time budget was spent") if late else (Status.SATURATED, reason)
+
+
 def _of(rows: int, expected: int | None) -> str:
     return str(rows) if expected is None else f"{rows} of {expected}"
 

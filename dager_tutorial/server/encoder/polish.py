@@ -5,7 +5,6 @@ Chapter `08_encoder_recovery`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,24 +40,19 @@ class Polish:
         Args:
             text: Indices of its tokens; two at least.
         """
-        least = math.inf
         for _ in range(constants().sweeps):
-            before = least
-            text, least = self._swept(text)
-            if least > 0.999 * before or self.budget.late:
+            before, text = text, self._swept(text)
+            if text == before or self.budget.late:
                 break
         return text
 
-    def _swept(self, text: Text) -> tuple[Text, float]:
-        """The text after one pass over its places, and what its rows leave outside."""
-        least = math.inf
+    def _swept(self, text: Text) -> Text:
+        """The text after one pass over its places."""
         for place in range(len(text)):
             choices = self.wide[place].nonzero()[:, 0]
-            left = self.energies(text, place, choices)
-            best = int(left.argmin())
-            least = float(left[best])
+            best = int(self.energies(text, place, choices).argmin())
             text = (*text[:place], int(choices[best]), *text[place + 1 :])
-        return text, least
+        return text
 
     def energies(self, text: Text, place: int, choices: Int[Tensor, " choices"]) -> Float[Tensor, " choices"]:
         """What all rows leave outside the span for each choice of the token at a place.
@@ -93,11 +87,11 @@ class Polish:
         block = self.block
         query, key, value = (part[place, choices] for part in (block.query, block.key, block.value))
         value = self._measured(value)
-        score = scores(others.query, key, block.scaling).transpose(1, 2)
-        rows = join(others.mixed[:, None], others.log_sum[:, None], score, value)
+        score = scores(others.query, key, block.scaling)
+        rows = _joined(others, score, value)
         own_score = scores(query, key[:, None], block.scaling)[..., 0]
         own = join(*_attended(query, others.key, others.value, block.scaling), own_score, value)
-        return rows.sum(2).square().sum((0, 2)) + own.sum(1).square().sum(1)
+        return rows.square().sum((0, 2)) + own.sum(1).square().sum(1)
 
 
 class _Others(NamedTuple):
@@ -116,6 +110,22 @@ class _Others(NamedTuple):
     value: Tensor
     mixed: Tensor
     log_sum: Tensor
+
+
+def _joined(others: _Others, score: Tensor, value: Tensor) -> Tensor:
+    """What the others' queries get, all heads together (rows x choices x directions), if a choice joins.
+
+    The same as `join` and a sum over heads, as products of matrices: no table has all four dimensions.
+
+    Args:
+        others: The others.
+        score: Rows x heads x choices.
+        value: Choices x heads x directions.
+    """
+    share = (score - others.log_sum[..., None]).sigmoid()
+    lost = share.transpose(1, 2) @ others.mixed
+    gained = (share.permute(2, 0, 1) @ value).transpose(0, 1)
+    return others.mixed.sum(1)[:, None] + gained - lost
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,7 @@ class Relaxation:
     def _affordable(self, candidates: int) -> int:
         """How many equations fit into memory: tables of heads x directions and four of equations, each x candidates."""
         numbers, heads = self.budget.chunk(8 * candidates), self.block.query.shape[2]
-        return max(numbers // (heads + 4), (numbers - heads * self.block.span.free) // 4)
+        return max(numbers // (heads + 4), (numbers - heads * self.block.span.width) // 4)
 
     def _contributions(self, places: Tensor, tokens: Tensor, equations: int) -> Tensor:
         """What each candidate's value contributes outside the span (float64, heads x candidates x directions)."""

@@ -8,24 +8,28 @@ from __future__ import annotations
 from torch import Tensor
 
 from dager_tutorial.models.adapter import EncoderAdapter
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY, Tap
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.encoder.confirmation import Confirmer
+from dager_tutorial.server.encoder.confirmation import Confirmer, LastConfirmer
+from dager_tutorial.server.encoder.full import FullSearch
 from dager_tutorial.server.encoder.polish import Polish
 from dager_tutorial.server.encoder.relaxation import Relaxation
 from dager_tutorial.server.encoder.search import TextSearch
-from dager_tutorial.server.encoder.tables import Clues, clues_of, first_block
+from dager_tutorial.server.encoder.seeds import without_bridges
+from dager_tutorial.server.encoder.tables import Clues, FirstBlock, clues_of, first_block
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import FoundText, Outcome, expected_rows
 from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates, filter_tokens
 from dager_tutorial.server.unmixing import Incidence, incidence, same_text, unmix
-from dager_tutorial.server.verdict import no_candidates, of_texts
+from dager_tutorial.server.verdict import no_candidates, of_full_texts, of_texts
 from dager_tutorial.status import Certainty, Confirmation, Status
 
 
-def recover_texts(evidence: Evidence, budget: Budget, without: frozenset[str] = frozenset()) -> Outcome:
+def recover_texts(
+    evidence: Evidence, budget: Budget, without: frozenset[str] = frozenset(), *, hand_over: bool = False
+) -> Outcome:
     """Find the tokens, where they stood, and text after text by the attention of block 0.
 
     Args:
@@ -33,6 +37,8 @@ def recover_texts(evidence: Evidence, budget: Budget, without: frozenset[str] = 
             (`verdict.unreadable`).
         budget: What it may cost.
         without: Parts of the search to leave out, any of `PARTS`.
+        hand_over: Return as soon as texts were found and others do not follow easily, because the caller takes the
+            found ones off the update and asks again.
 
     Returns:
         The confirmed texts, and what is known of the batch.
@@ -53,7 +59,7 @@ def recover_texts(evidence: Evidence, budget: Budget, without: frozenset[str] = 
     if late or not candidates.count:
         return no_candidates(late=late, saturated=False)
     with evidence.watch.stage("search"):
-        return _untestable(evidence) or _searched(evidence, candidates, budget, without)
+        return _untestable(evidence) or _searched(evidence, candidates, budget, without, hand_over=hand_over)
 
 
 def _encoder(evidence: Evidence) -> EncoderAdapter:
@@ -69,10 +75,10 @@ def _untestable(evidence: Evidence) -> Outcome | None:
     if span.rank == 0:
         reason = "nothing in block 0's attention output gradient stands out from noise: tokens, but no texts"
         return Outcome(Status.PARTIAL, reason)
-    if span.blurred:
+    if span.blurred and not _last(evidence):
         reason = "about as many rows as the model is wide: tokens can be told, whole texts cannot"
         return Outcome(Status.SATURATED, reason)
-    if not _deeper(evidence):
+    if not span.blurred and not _deeper(evidence):
         reason = "no tap beyond block 0's attention output is left to confirm a text by"
         return Outcome(Status.PARTIAL, reason)
     return None
@@ -89,39 +95,65 @@ def _deeper(evidence: Evidence) -> dict[Tap, Span]:
     return _sharp(evidence, *blocks) or _sharp(evidence, adapter.tap(0, MLP))
 
 
+def _last(evidence: Evidence) -> dict[Tap, Span]:
+    """Spans of the last block's taps that have one row for each text: where a loss reads one, all but key and value."""
+    adapter = evidence.adapter
+    taps = [adapter.tap(adapter.num_blocks - 1, kind) for kind in (QUERY, ATTENTION_OUTPUT, MLP)]
+    found = evidence.present(*taps)
+    return {tap: span for tap, span in found.items() if span.clear and not span.blurred}
+
+
 def _sharp(evidence: Evidence, *taps: Tap) -> dict[Tap, Span]:
     """Those spans that a text which is nearly right does not pass."""
     return {tap: span for tap, span in evidence.present(*taps).items() if not span.blurred}
 
 
-def _searched(evidence: Evidence, candidates: Candidates, budget: Budget, without: frozenset[str]) -> Outcome:
+def _searched(
+    evidence: Evidence, candidates: Candidates, budget: Budget, without: frozenset[str], *, hand_over: bool
+) -> Outcome:
     """Search for whole texts, and say what came of it."""
-    search = _search(evidence, candidates, budget, without)
+    search = _search(evidence, candidates, budget, without, hand_over=hand_over)
     found, confirmer = search.run(), search.confirmer
-    taps = (evidence.adapter.tap(0, ATTENTION_OUTPUT), *confirmer.deeper)
-    # Without a clear gap anywhere false rows pass, too: the tests have little power under strong noise.
-    confirmation = Confirmation(Certainty.WHOLE if search.expected is not None else Certainty.ROWS, taps)
+    if isinstance(confirmer, LastConfirmer):
+        verdict = of_full_texts(len(found), confirmer.rank, late=budget.late)
+        certainty = Certainty.WHOLE
+    else:
+        verdict = of_texts(sum(map(len, found)), search.expected, late=budget.late)
+        # Without a clear gap anywhere false rows pass, too: the tests have little power under strong noise.
+        certainty = Certainty.WHOLE if search.expected is not None else Certainty.ROWS
+    confirmation = Confirmation(certainty, confirmer.taps)
     texts = tuple(FoundText(confirmer.ids(text), ratio, confirmation) for text, ratio in found.items())
-    return Outcome(*of_texts(sum(map(len, found)), search.expected, late=budget.late), texts)
+    return Outcome(*verdict, texts)
 
 
-def _search(evidence: Evidence, candidates: Candidates, budget: Budget, without: frozenset[str]) -> TextSearch:
+def _search(
+    evidence: Evidence, candidates: Candidates, budget: Budget, without: frozenset[str], *, hand_over: bool
+) -> TextSearch:
     """The search with all of its tables and those of its parts that are wanted."""
-    adapter, deeper = _encoder(evidence), _deeper(evidence)
+    adapter = _encoder(evidence)
     span = evidence.span(adapter.tap(0, ATTENTION_OUTPUT))
     assert span is not None
     clues = _clues(evidence, candidates, span, incident="incidence" not in without)
     block = first_block(adapter, clues.tokens, len(clues.wide), span)
     generator = budget.generator()
     directions = block.mixture(constants().polish_directions, generator).to(block.query)
-    return TextSearch(
+    return (FullSearch if span.blurred else TextSearch)(
         clues,
-        Confirmer(adapter, tuple(clues.tokens.tolist()), block, span, deeper),
+        _confirmer(evidence, clues, block),
         Relaxation(block, generator, budget) if "relaxation" not in without else None,
         Polish(block, clues.wide, directions, budget) if "polish" not in without else None,
-        expected_rows([span, *deeper.values()]),
+        None if span.blurred else expected_rows([span, *_deeper(evidence).values()]),
         budget,
+        hand_over,
     )
+
+
+def _confirmer(evidence: Evidence, clues: Clues, block: FirstBlock) -> Confirmer | LastConfirmer:
+    """What tests whole texts: every row where directions are free, else the one that the last block has."""
+    adapter, tokens = _encoder(evidence), tuple(clues.tokens.tolist())
+    if block.span.blurred:
+        return LastConfirmer(adapter, tokens, _last(evidence), block.query.device)
+    return Confirmer(adapter, tokens, block, block.span, _deeper(evidence))
 
 
 def _clues(evidence: Evidence, candidates: Candidates, span: Span, *, incident: bool) -> Clues:
@@ -141,4 +173,4 @@ def _incidence(evidence: Evidence, candidates: Candidates) -> tuple[Incidence | 
         return None, None
     heads = 3 * adapter.num_heads
     where = incidence(marginals, heads)
-    return where, same_text(marginals, heads, where)
+    return where, without_bridges(same_text(marginals, heads, where))

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.encoder.confirmation import Confirmer
+from dager_tutorial.server.encoder.confirmation import Confirmer, LastConfirmer
 from dager_tutorial.server.encoder.polish import Polish
-from dager_tutorial.server.encoder.relaxation import Beginning, Relaxation, grown
+from dager_tutorial.server.encoder.relaxation import Beginning, Relaxation, Solution, grown
 from dager_tutorial.server.encoder.seeds import Seed, by_company, companions, explained, known_tokens, overlapping
 from dager_tutorial.server.encoder.tables import Clues, Text
+
+Solve = Callable[[Seed], Text | None]
+"""What finds the text of a seed."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,16 @@ class TextSearch:
         polish: Mends what is nearly right; None for an ablation.
         expected: How many rows the batch has, where a rank tells.
         budget: What it may cost.
+        hand_over: Whether to end as soon as texts were found and others do not follow easily.
     """
 
     clues: Clues
-    confirmer: Confirmer
+    confirmer: Confirmer | LastConfirmer
     relaxation: Relaxation | None
     polish: Polish | None
     expected: int | None
     budget: Budget
+    hand_over: bool = False
 
     def run(self) -> dict[Text, float]:
         """Find all texts.
@@ -52,45 +57,54 @@ class TextSearch:
             residual ratio z of its rows.
         """
         found: dict[Text, float] = {}
-        found = self._tried(found, self._company(operator.le), self.quickly)
-        found = self._tried(found, self._company(operator.eq), self.among_companions)
-        found = self._tried(found, (Seed(*pair) for pair in self.clues.order), self.alone)
-        return self._tried(found, overlapping(found), self.alone)
+        for seeds, solve in self._phases(found):
+            self._try(found, seeds, solve)
+            if self.hand_over and found:
+                break
+        return found
+
+    def _phases(self, found: Mapping[Text, float]) -> Iterator[tuple[Iterable[Seed], Solve]]:
+        """Seeds and how to solve for their texts, the quickest first; `found` grows meanwhile."""
+        yield self._company(operator.le), self.quickly
+        yield self._company(operator.eq), self.among_companions
+        yield (Seed(*pair) for pair in self.clues.order), self.alone
+        yield overlapping(tuple(found)), self.alone
 
     def _company(self, known_from: Callable[..., bool]) -> Iterable[Seed]:
         return by_company(self.clues, known_from) if self.relaxation is not None else ()
 
-    def _tried(
-        self, found: Mapping[Text, float], seeds: Iterable[Seed], solve: Callable[[Seed], Text | None]
-    ) -> dict[Text, float]:
-        """What was found and what these seeds lead to, until all is explained or many in a row lead to nothing new."""
-        texts, failures = dict(found), 0
+    def _try(self, found: dict[Text, float], seeds: Iterable[Seed], solve: Solve) -> None:
+        """Add what these seeds lead to, until all is explained or many in a row lead to nothing new."""
+        failures = 0
         for seed in seeds:
-            if explained(seed, texts):
+            if explained(seed, found):
                 continue
-            if self._over(texts) or failures >= constants().failures:
+            if self._over(found) or failures >= self._patience(found):
                 break
             text = solve(seed)
-            if text is None or text in texts:
+            if text is None or text in found:
                 failures += 1
                 continue
-            failures, texts[text] = 0, float(self.confirmer.ratios(text).max())
-            self.budget.report("search", sum(map(len, texts)), self.expected)
-        return texts
+            failures, found[text] = 0, float(self.confirmer.ratios(text).max())
+            self.budget.report("search", sum(map(len, found)), self.expected)
+
+    def _patience(self, found: Mapping[Text, float]) -> int:
+        """How many seeds in a row may lead to nothing new."""
+        return constants().stalled if self.hand_over and found else constants().failures
 
     def _over(self, texts: Iterable[Text]) -> bool:
         """Whether all rows are explained, or the time is spent."""
         return self.budget.late or (self.expected is not None and sum(map(len, texts)) >= self.expected)
 
     def quickly(self, seed: Seed) -> Text | None:
-        """The text of a seed in one round of few equations: with its companions or, as one may be wrong, without.
+        """The text of a seed and its companions in one round of few equations.
 
         Args:
             seed: One that has companions.
         """
-        known = known_tokens(self.clues, seed)
-        beginnings = (companions(self.clues, seed) | known, known)
-        return _first(self._grown(self._narrow(each), constants().equations, 1) for each in beginnings)
+        known = companions(self.clues, seed) | known_tokens(self.clues, seed)
+        solution = self._solved(self._narrow(known), constants().equations)
+        return None if solution is None else self._confirmed(solution.text)
 
     def among_companions(self, seed: Seed) -> Text | None:
         """The text of a seed and its companions, of many equations and in several rounds.
@@ -110,7 +124,7 @@ class TextSearch:
         known = known_tokens(self.clues, seed)
         if self.relaxation is None:
             return self._mended(self._likeliest(known))
-        return _first(self._around(self.relaxation, self._narrow(known).without(seed.forbidden)))
+        return first_of(self._around(self.relaxation, self._narrow(known).without(seed.forbidden)))
 
     def _around(self, relaxation: Relaxation, narrow: Beginning) -> Iterator[Text | None]:
         """What a seed leads to; last, as for a text of a few tokens, cut at each length."""
@@ -132,6 +146,10 @@ class TextSearch:
         assert self.relaxation is not None
         return grown(self.relaxation, beginning, equations, rounds, self._mended)
 
+    def _solved(self, beginning: Beginning, equations: int) -> Solution | None:
+        assert self.relaxation is not None
+        return self.relaxation.solve(beginning, equations)
+
     def _likeliest(self, known: Mapping[int, int]) -> Text:
         """The token of the largest coefficient at each position, up to the last position that has one."""
         best = self.clues.coefficients.masked_fill(~self.clues.wide, -math.inf).argmax(1).tolist()
@@ -139,13 +157,19 @@ class TextSearch:
 
     def _mended(self, text: Text) -> Text | None:
         """The text itself or what coordinate descent makes of it, if all of its rows are confirmed."""
-        if self.confirmer.confirms(text):
-            return text
-        if self.polish is None or len(text) < 2:
-            return None
-        text = self.polish.polished(text)
+        confirmed = self._confirmed(text)
+        if confirmed is not None or self.polish is None or len(text) < 2:
+            return confirmed
+        return self._confirmed(self.polish.polished(text))
+
+    def _confirmed(self, text: Text) -> Text | None:
         return text if self.confirmer.confirms(text) else None
 
 
-def _first(texts: Iterable[Text | None]) -> Text | None:
+def first_of(texts: Iterable[Text | None]) -> Text | None:
+    """The first that is a text, if any.
+
+    >>> first_of([None, (1, 2), (3,)])
+    (1, 2)
+    """
     return next((text for text in texts if text is not None), None)

@@ -9,7 +9,10 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
+from dager_tutorial.server.constants import constants
 from dager_tutorial.server.encoder.tables import Clues, Pair, Text
 
 
@@ -64,6 +67,25 @@ def by_company(clues: Clues, known_from: Callable[[set[Pair], set[Pair]], bool])
         if not any(known_from(company, other) for other in seen):
             seen.append(company)
             yield seed
+
+
+def without_bridges(together: Bool[Tensor, "tokens tokens"]) -> Bool[Tensor, "tokens tokens"]:
+    """Take away the mates of tokens whose mates are not mates of each other.
+
+    A token of two texts is the mate of both, and all that is built on it mixes them.
+
+    Args:
+        together: Which tokens surely stand in one text.
+
+    >>> two_threes = torch.block_diag(torch.ones(3, 3), torch.ones(1, 1), torch.ones(3, 3)).fill_diagonal_(0).bool()
+    >>> two_threes[3], two_threes[:, 3] = True, True  # token 3 is a mate of all others
+    >>> without_bridges(two_threes).sum(1).tolist()
+    [2, 2, 2, 0, 2, 2, 2]
+    """
+    linked = (together | torch.eye(len(together), dtype=torch.bool, device=together.device)).float()
+    links = ((linked @ linked) * linked).sum(1)
+    loyal = links >= constants().loyal * linked.sum(1).square()
+    return together & loyal[:, None] & loyal
 
 
 def overlapping(texts: Collection[Text]) -> Iterator[Seed]:

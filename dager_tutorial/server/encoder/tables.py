@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dager_tutorial.models.adapter import EncoderAdapter, Projections
+from dager_tutorial.server.constants import constants
 from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates
 from dager_tutorial.server.unmixing import Incidence
@@ -121,13 +122,26 @@ class FirstBlock:
         return self.query[places, list(text)], self.key[places, list(text)], self.value[places, list(text)]
 
     def mixture(self, count: int, generator: torch.Generator) -> Float[Tensor, "heads width chosen"]:
-        """Random orthonormal directions (float64) outside the span, taken apart by the head that they read.
+        """Directions (float64) in which outputs must vanish or are small, taken apart by the head that they read.
+
+        Where enough directions lie outside the span, random orthonormal ones of them. Else the weakest of all, each
+        over its strength, in a random mixture: a true row leans on all of them alike, any other on the weakest most
+        (chapter `11_limits`).
 
         Args:
             count: How many, at most; all there are where they are fewer.
             generator: Source of randomness, on the CPU.
         """
-        return self.span.outside(count, generator).unflatten(0, tuple(self.query.shape[2:]))
+        full = self.span.blurred or self.span.free < constants().fewest_equations
+        found = self._weakest(count, generator) if full else self.span.outside(count, generator)
+        return found.unflatten(0, tuple(self.query.shape[2:]))
+
+    def _weakest(self, count: int, generator: torch.Generator) -> Float[Tensor, "inputs chosen"]:
+        """The weakest directions, each over its strength, the weakest of length 1, in a random mixture."""
+        weights = self.span.leverage_weights.sqrt()[-count:]
+        weak = self.span.directions[:, -count:] * (weights / weights[-1])
+        mix = torch.randn(len(weights), len(weights), generator=generator, dtype=torch.float64).to(weak.device)
+        return weak @ torch.linalg.qr(mix).Q
 
 
 def first_block(

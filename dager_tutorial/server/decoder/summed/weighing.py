@@ -102,7 +102,7 @@ def logistic(true: Float[Tensor, "true features"], false: Float[Tensor, "false f
     ridge = torch.full_like(rows[0], constants().logistic_ridge).diag()
     ridge[-1, -1] = 1e-6
     weights = torch.zeros_like(rows[0])
-    for _ in range(constants().newton_steps):
+    for _ in range(constants().logistic_steps):
         odds = (rows @ weights).sigmoid()
         slope = rows.T @ (counts * (odds - labels)) + ridge @ weights
         curvature = (rows.T * (counts * odds * (1 - odds))) @ rows + ridge

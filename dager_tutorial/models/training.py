@@ -1,0 +1,75 @@
+"""What it takes to compute gradients of a network that both sides hold frozen.
+
+Chapters `01_gradients_leak` and `09_completion`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dager_tutorial.models.streaming import absent, is_absent
+
+
+def in_dtype(network: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The network itself when it has the dtype, else a copy with converted parameters.
+
+    Buffers keep theirs: transformers holds rotary frequencies in float32 whatever the weights are.
+
+    Args:
+        network: The headless model.
+        dtype: The dtype to train in.
+    """
+    if network.dtype == dtype:
+        return network
+    converted: dict[int, Any] = {
+        id(parameter): nn.Parameter(_converted(parameter.detach(), dtype), requires_grad=False)
+        for parameter in network.parameters()
+    }
+    return copy.deepcopy(network, converted)  # a memo: these take the place of copies of the originals
+
+
+def _converted(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers in another dtype; those that are out of memory stay out."""
+    return absent(parameter, dtype) if is_absent(parameter) else parameter.to(dtype)
+
+
+def filled(
+    rows: Sequence[Sequence[int]], value: int, *, side: str, device: torch.device
+) -> Int[Tensor, "batch length"]:
+    """The rows as one tensor (int64), filled up to the longest with a value.
+
+    Args:
+        rows: At least one.
+        value: What fills them.
+        side: Where: `right` or `left`.
+        device: Where the tensor goes.
+    """
+    longest = max(map(len, rows))
+    fills = [[value] * (longest - len(row)) for row in rows]
+    whole = [[*row, *fill] if side == "right" else [*fill, *row] for row, fill in zip(rows, fills, strict=True)]
+    return torch.tensor(whole, device=device)
+
+
+@contextmanager
+def requiring_grad(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Let just these parameters require a gradient for a while.
+
+    Args:
+        parameters: Parameters by name.
+    """
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
