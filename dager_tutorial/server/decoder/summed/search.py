@@ -121,18 +121,20 @@ class SummedSearch:
         """Grow until no prefix stands out any more."""
         adapter, found = self.passage.adapter, Found()
         front = Front(((),), adapter.first_input.tokens.new_full((1,), math.inf), self.passage.empty())
+        measured, scales = 0, self._usual(front, 0)
         for position in range(adapter.max_positions):
             tokens = self.candidates.at(position)
             if not len(tokens) or not front.prefixes or self.budget.late or self.goal.reached(found, position):
                 break
-            front = self._step(front, tokens, position, found)
+            if position + 1 > constants().usual_for * (measured + 1):
+                measured, scales = position, self._usual(front, position)
+            front = self._step(front, tokens, position, scales, found)
             found.grown.update(zip(front.prefixes, front.odds.tolist(), strict=True))
             self.budget.report("search", len(found.grown))
         return found
 
-    def _step(self, front: Front, tokens: Tensor, position: int, found: Found) -> Front:
+    def _step(self, front: Front, tokens: Tensor, position: int, scales: Scales, found: Found) -> Front:
         """The front one token longer."""
-        scales = self._usual(front, position)
         rows = self._screened(front, tokens, position, scales.screen)
         count = max(len(front.prefixes), constants().fewest_prefixes)
         for halves, most in self.stages(self.passage.adapter):

@@ -18,7 +18,7 @@ from torch import Tensor
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, Tap, precise
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.decoder.summed.simulation import (
+from dager_tutorial.server.decoder.summed.practice import (
     Examples,
     Inputs,
     Text,

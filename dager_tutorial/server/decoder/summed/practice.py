@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.tap import Tap
-from dager_tutorial.server.constants import constants
+from dager_tutorial.models.training import filled
+from dager_tutorial.server.passes import take_off
 from dager_tutorial.server.token_filter import Candidates
 
 Text = tuple[int, ...]
@@ -87,58 +88,30 @@ def simulated_gradients(
         generator: Source of randomness, on the CPU.
         ends: Whether the loss reads each text's last token only, by two classes, instead of every token.
     """
-    names = {name for tap in taps for name in tap.parameters}
-    weights = {name: each for name, each in adapter.network.named_parameters() if name in names}
-    total = {name: torch.zeros_like(each) for name, each in weights.items()}
+    network, names = adapter.network, {name for tap in taps for name in tap.parameters}
+    parameters = {name: each for name, each in network.named_parameters() if name in names}
+    total = {name: torch.zeros_like(each) for name, each in parameters.items()}
     contrast = torch.randn(adapter.hidden_size, generator=generator)
-    for each in weights.values():
-        each.requires_grad_(True)
-    try:
-        for some in _packs(texts):
-            ids, mask = _padded(some, adapter.first_input.tokens.device)
-            direction = torch.randn(*ids.shape, adapter.hidden_size, generator=generator).to(ids.device)
-            if ends:
-                signs = torch.randint(2, (len(some), 1), generator=generator) * 2.0 - 1.0
-                direction = torch.zeros_like(direction)
-                direction[torch.arange(len(some)), mask.sum(1) - 1] = (signs * contrast).to(ids.device)
-            found = _weight_gradients(adapter, ids, mask, direction, weights)
-            for name, gradient in found.items():
-                total[name] += gradient
-    finally:
-        for each in weights.values():
-            each.requires_grad_(False)
+
+    def loss(part: list[int]) -> Tensor:
+        hidden, mask = _hidden(adapter, [texts[place] for place in part])
+        direction = torch.randn(hidden.shape, generator=generator)
+        if ends:
+            signs = torch.randint(2, (len(part), 1), generator=generator) * 2.0 - 1.0
+            direction.zero_()[torch.arange(len(part)), mask.sum(1).cpu() - 1] = signs * contrast
+        return (hidden * direction.to(hidden) * mask[..., None]).sum()
+
+    take_off(total, network, parameters, texts, loss)
     return total
 
 
-def _weight_gradients(
-    adapter: DecoderAdapter, ids: Tensor, mask: Tensor, direction: Tensor, weights: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Gradients of the sum of the last hidden states' products with a direction, pads left out."""
-    with torch.enable_grad():
-        positions = adapter.position_ids(mask)
-        hidden = adapter.network(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        loss = (hidden * direction * mask[..., None]).sum()
-    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    return {name: each for name, each in zip(weights, gradients, strict=True) if each is not None}
-
-
-def _packs(texts: Sequence[Text]) -> list[list[Text]]:
-    """The texts, short ones first, so many at once as their pads allow."""
-    packs: list[list[Text]] = [[]]
-    for text in sorted(texts, key=len):
-        if packs[-1] and len(text) * (len(packs[-1]) + 1) > constants().tokens_at_once:
-            packs.append([])
-        packs[-1].append(text)
-    return packs
-
-
-def _padded(texts: Sequence[Text], device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, texts))
-    ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=device)
-    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device)
-    return ids, mask
+def _hidden(adapter: DecoderAdapter, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
+    """The last hidden states of texts, and their mask."""
+    device = adapter.first_input.tokens.device
+    ids = filled(texts, 0, side="right", device=device)
+    mask = filled([[1] * len(text) for text in texts], 0, side="right", device=device)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": adapter.position_ids(mask)}
+    return adapter.network(**inputs, use_cache=False).last_hidden_state, mask
 
 
 def examples(
