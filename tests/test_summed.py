@@ -10,13 +10,13 @@ from helpers import every, random_model, truth, word_tokenizer
 from transformers import GPT2Config, LlamaConfig
 
 from dager_tutorial.client.config import ClientConfig
-from dager_tutorial.client.step import client_update
+from dager_tutorial.client.step import client_update, play
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
 from dager_tutorial.server.attack import attack
-from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.budget import AttackConfig, Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.front import FirstBlock
 from dager_tutorial.server.decoder.summed.passage import Cache, Passage, Rows
@@ -83,6 +83,19 @@ def test_texts_come_back_beyond_the_width_and_none_is_confirmed_in_vain(
         for confirmation in found.confirmations
         if confirmation.certainty is Certainty.WHOLE
     )
+
+
+def test_peeling_drives_the_search_until_all_is_explained(
+    model: LanguageModel, random_texts: Callable[..., list[str]]
+) -> None:
+    """What one search leaves is searched again: every text beyond the width, with its label and the proof."""
+    texts, labels = random_texts(22, 3, 9, 9), [place % 2 for place in range(22)]
+    update, known = play(model, texts, labels)
+    found = attack(model, update, config=AttackConfig(complete=True))
+    assert found.status is Status.CERTIFIED
+    assert dict(zip(found.sequences, found.labels, strict=True)) == {
+        text: (label,) for text, label in zip(known.sequences, labels, strict=True)
+    }
 
 
 def test_evidence_alone_confirms_nothing(model: LanguageModel, random_texts: Callable[..., list[str]]) -> None:
