@@ -58,21 +58,21 @@ def attack(
     watch = Stopwatch()
     budget = Budget.of(config, watch.begin, progress)
     evidence = evidence_of(model, update, watch)
-    search = partial(_searched, budget=budget, without=config.without)
+    search = partial(_searched, budget=budget, config=config)
     outcome = search(evidence)
     if config.complete:
         outcome = completed(model, update, head, evidence, search, outcome, budget)
     return _reconstruction(model, evidence, outcome)
 
 
-def _searched(evidence: Evidence, budget: Budget, without: frozenset[str]) -> Outcome:
+def _searched(evidence: Evidence, budget: Budget, config: AttackConfig) -> Outcome:
     """The outcome of the search that fits the architecture, of an update or of what remains of one."""
     nothing = unreadable(evidence)
     if nothing is not None:
         return nothing
     if isinstance(evidence.adapter, DecoderAdapter):
         return recover_prefixes(evidence, budget)
-    return recover_texts(evidence, budget, without)
+    return recover_texts(evidence, budget, config.without, hand_over=config.complete)
 
 
 def _reconstruction(model: LanguageModel, evidence: Evidence, outcome: Outcome) -> Reconstruction:

@@ -37,6 +37,7 @@ class Evidence:
         precision: The coarsest dtype among them, and that block 0's numbers show, whatever they are stored in.
         watch: Credits the time that reading takes to the stage `subspace`.
         spans: What was read, None where nothing was shared or all is zero.
+        rounding: How many times larger the errors of the gradients are than those of storing them, at least.
     """
 
     adapter: Adapter
@@ -44,6 +45,7 @@ class Evidence:
     precision: torch.dtype
     watch: Stopwatch = field(default_factory=Stopwatch)
     spans: dict[Tap, Span | None] = field(default_factory=dict)
+    rounding: float = 1.0
     _errors: dict[Tap, float] = field(default_factory=dict)
     _usual: dict[Tap, Usual] = field(default_factory=dict)
 
@@ -58,7 +60,7 @@ class Evidence:
         gradient = tap.gradient(self.gradients)
         if gradient is None:
             return None
-        epsilon = torch.finfo(self.precision).eps
+        epsilon = torch.finfo(self.precision).eps * self.rounding
         device = self.adapter.first_input.tokens.device
         arithmetic, guess = self.arithmetic(tap), self._guess(tap)
         return span_of(gradient, precision=epsilon, arithmetic=arithmetic, device=device, guess=guess)
@@ -129,7 +131,9 @@ class Evidence:
             gradients: What is left, by backbone parameter name.
         """
         rest = {name: tensor.to(self.adapter.first_input.tokens.device) for name, tensor in gradients.items()}
-        return Evidence(self.adapter, rest, self.precision, self.watch, _errors=self._errors)
+        # What is left keeps the rounding of all that was added up, twice: the client's and that of the simulation.
+        rounding = constants().largest_rounding
+        return Evidence(self.adapter, rest, self.precision, self.watch, rounding=rounding, _errors=self._errors)
 
     @property
     def used(self) -> set[str]:

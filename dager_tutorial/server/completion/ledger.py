@@ -34,7 +34,6 @@ class Ledger:
         self.reduction = reduction_of(self.gradient, self.eps) if self.gradient.numel() else None
         self.texts: tuple[Ids, ...] = ()
         self.counts: Counts | None = None
-        self._before: tuple[tuple[Ids, ...], Counts | None] = (), None
         self._factors: dict[Ids, Factors] = {}
 
     @property
@@ -76,13 +75,8 @@ class Ledger:
         counts = count(gradients, self._all(together).chances, least=max(self.reduction.least, len(together)))
         if counts is None:
             return False
-        self._before = self.texts, self.counts
         self.texts, self.counts = together, counts
         return True
-
-    def undo(self) -> None:
-        """Strike out what was entered last."""
-        self.texts, self.counts = self._before
 
     def _weighed(self, texts: tuple[Ids, ...], reduction: Reduction) -> tuple[tuple[Ids, ...], Tensor]:
         """Those of the texts that are in the batch, and the gradients in their logits."""

@@ -107,10 +107,7 @@ def peeled(evidence: Evidence, ledger: Ledger, first: Outcome, search: Search, b
     latest = first
     while ledger.enter([text.tokens for text in latest.texts]):
         rest = ledger.remainder()
-        if rest.share >= (1.0 if unexplained is None else unexplained):  # a text that is there takes something off
-            ledger.undo()
-            break
-        unexplained = rest.share
+        unexplained = rest.share  # it may rise above 1: terms of opposite labels cancel in the sum
         if ledger.complete or unexplained <= constants().certified or budget.late:
             break
         budget.report("completion", len(ledger.texts), ledger.size)
@@ -153,5 +150,5 @@ def _explained(first: Outcome, ledger: Ledger, unexplained: float) -> tuple[Stat
 def _partial(ledger: Ledger, unexplained: float, *, late: bool) -> tuple[Status, str]:
     """The verdict where something is."""
     number = sum(map(len, ledger.classes.values()))
-    reason = f"{number} of about {ledger.size} texts are weighed; {unexplained:.0%} of the update is not explained"
+    reason = f"{number} of about {ledger.size} texts are weighed; {min(unexplained, 1.0):.0%} of the update is not explained"
     return (Status.OUT_OF_TIME if late else Status.PARTIAL), reason
