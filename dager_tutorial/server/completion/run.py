@@ -150,5 +150,6 @@ def _explained(first: Outcome, ledger: Ledger, unexplained: float) -> tuple[Stat
 def _partial(ledger: Ledger, unexplained: float, *, late: bool) -> tuple[Status, str]:
     """The verdict where something is."""
     number = sum(map(len, ledger.classes.values()))
-    reason = f"{number} of about {ledger.size} texts are weighed; {min(unexplained, 1.0):.0%} of the update is not explained"
+    missing = f"{min(unexplained, 1.0):.0%} of the update is not explained"
+    reason = f"{number} of about {ledger.size} texts are weighed; {missing}"
     return (Status.OUT_OF_TIME if late else Status.PARTIAL), reason
