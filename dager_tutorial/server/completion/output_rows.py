@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from dager_tutorial.models.tap import MLP_OUTPUT, precise
 from dager_tutorial.server.completion.simulation import Ids, Simulator
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.passes import parts_of
 
 
 class Place(NamedTuple):
@@ -137,7 +138,7 @@ def output_rows(simulator: Simulator, texts: Sequence[Ids], places: Sequence[Pla
         wanted.setdefault(place.text, []).append(index)
     found: list[_Part] = []
     order: list[int] = []
-    for part in simulator.parts(texts):
+    for part in parts_of(simulator.network, texts):
         inside = [(at, index) for at, text in enumerate(part) for index in wanted.get(text, ())]
         if inside:
             order += [index for _, index in inside]

@@ -9,7 +9,7 @@ Chapter `09_completion`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -22,10 +22,9 @@ from dager_tutorial.models import adapter_for
 from dager_tutorial.models.adapter import Adapter
 from dager_tutorial.models.heads import Head, pad_for, with_head
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.models.streaming import is_streamed, recomputed, tokens_at_once
 from dager_tutorial.models.tap import Tap, precise
-from dager_tutorial.models.training import filled, in_dtype, requiring_grad
-from dager_tutorial.server.constants import constants
+from dager_tutorial.models.training import filled, in_dtype
+from dager_tutorial.server.passes import parts_of, take_off
 from dager_tutorial.update import Update
 
 Ids = tuple[int, ...]
@@ -88,21 +87,6 @@ class Simulator:
         positions = self.adapter.position_ids(mask)
         return self.network(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits, mask
 
-    def parts(self, texts: Sequence[Ids]) -> Iterator[list[int]]:
-        """Places of texts that go through the network at once: of similar length, so that little is padded.
-
-        Args:
-            texts: All of them.
-        """
-        most = tokens_at_once(self.network, constants().tokens_trained_at_once)
-        part: list[int] = []
-        for place in sorted(range(len(texts)), key=lambda place: len(texts[place])):
-            if part and len(texts[place]) * (len(part) + 1) > most:
-                yield part
-                part = []
-            part.append(place)
-        yield part
-
     def by_parts(self, texts: Sequence[Ids], run: Callable[[list[Ids]], Iterable[Result]]) -> list[Result]:
         """What something makes of texts that go through the network at once, in the order of the texts.
 
@@ -111,7 +95,7 @@ class Simulator:
             run: Gives one result a text.
         """
         found: dict[int, Result] = {}
-        for part in self.parts(texts):
+        for part in parts_of(self.network, texts):
             found |= zip(part, run([texts[place] for place in part]), strict=True)
         return [found[place] for place in range(len(texts))]
 
@@ -180,24 +164,12 @@ class Simulator:
             texts: Token ids.
             objective: Sums over the texts.
         """
-        names = {id(parameter): name for name, parameter in self.shared.items()}
 
-        def take(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            here = rest[names[id(parameter)]]
-            here.sub_(parameter.grad.to(here))
-            parameter.grad = None  # no second copy of all gradients is ever held
+        def loss(part: list[int]) -> Tensor:
+            logits, mask = self.logits([texts[place] for place in part])
+            return objective(part, logits, mask)
 
-        streamed = recomputed(self.network) if is_streamed(self.network) else nullcontext()
-        with requiring_grad(self.shared), streamed:
-            handles = [each.register_post_accumulate_grad_hook(take) for each in self.shared.values()]
-            try:
-                for part in self.parts(texts):
-                    logits, mask = self.logits([texts[place] for place in part])
-                    objective(part, logits, mask).backward(inputs=list(self.shared.values()))
-            finally:
-                for handle in handles:
-                    handle.remove()
+        take_off(rest, self.network, self.shared, texts, loss)
 
 
 def of_logits(gradients: Float[Tensor, "texts classes"]) -> Objective:

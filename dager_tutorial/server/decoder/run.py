@@ -12,10 +12,11 @@ from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY, Tap
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
-from dager_tutorial.server.decoder.leverage import LeverageSelector
 from dager_tutorial.server.decoder.residual import ResidualSelector
 from dager_tutorial.server.decoder.search import TreeSearch
+from dager_tutorial.server.decoder.summed.run import likely_prefixes
 from dager_tutorial.server.decoder.tree import Tree
+from dager_tutorial.server.embedding_rows import among, named_tokens
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import Ends, FoundText, Outcome, expected_rows
 from dager_tutorial.server.subspace import Span
@@ -82,7 +83,7 @@ def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
             # Without a clear gap noise may cut a full rank short: it shows in more prefixes passing than there can be.
             saturated = tree.overflowed and all(2 * span.rank >= span.width for span in spans.values())
         if saturated:
-            tree = _by_leverage(evidence, adapter, candidates, last, budget)
+            tree = likely_prefixes(evidence, adapter, candidates, last, budget)
         complete = not saturated and tree.distinct_rows() == expected
         texts = whole_texts(adapter, tree, last, complete=complete)
         found = _Found(tree, texts, {} if saturated else spans, last)
@@ -106,7 +107,9 @@ def _candidates(evidence: Evidence, first: Span, budget: Budget) -> Candidates:
     """Tokens that may stand at each position."""
     with evidence.watch.stage("filter"):
         wanted = filter_by_leverage if first.saturated else filter_tokens
-        return wanted(evidence.adapter.first_input, first, budget)
+        named = named_tokens(evidence)
+        found = wanted(evidence.adapter.first_input, first, budget)
+        return found if named is None else among(found, named)
 
 
 def _by_residual(adapter: DecoderAdapter, spans: Spans, candidates: Candidates, budget: Budget) -> Tree:
@@ -114,18 +117,6 @@ def _by_residual(adapter: DecoderAdapter, spans: Spans, candidates: Candidates, 
     expected = expected_rows(spans.values())
     selector = ResidualSelector(adapter, spans, budget, counted=expected is not None)
     return TreeSearch(candidates, selector, budget, expected).run()
-
-
-def _by_leverage(
-    evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, last: Spans, budget: Budget
-) -> Tree:
-    """The prefixes whose leverage stands out."""
-    deeper = [adapter.tap(1, QKV)] if adapter.num_blocks > 1 else []
-    spans = evidence.present(adapter.tap(0, MLP), *deeper)
-    # Of a loss at each text's last token, the last block's rank is the number of texts.
-    texts = max((span.rank for span in last.values()), default=constants().widest)
-    widest = min(2 * texts, constants().widest)
-    return TreeSearch(candidates, LeverageSelector(adapter, spans, candidates, budget, widest=widest), budget).run()
 
 
 def _cascade(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spans:
