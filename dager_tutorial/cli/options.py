@@ -208,6 +208,9 @@ class ClientOptions:
     share: Share = "all"
     padding_side: Annotated[Literal["right", "left"], Option("--padding-side", help="Where the client pads.")] = "right"
     max_length: MaxLength = None
+    head_std: Annotated[
+        float, Option("--head-std", min=0.0, help="Deviation of a fresh head's map to the classes.")
+    ] = 1e-3
 
     def config(self, seed: int) -> ClientConfig:
         """The client.

@@ -61,6 +61,15 @@ class Constants:
     filter_directions: int = _constant(64, "random directions of the complement that screen all pairs", "cost")
     filter_positions: int = _constant(32, "positions that are screened in one product", "cost")
     filter_pairs: int = _constant(8192, "pairs that are tested exactly at once", "cost")
+    row_rounding: float = _constant(
+        1e-4, "share of a usual row of the embedding gradient below which it is rounding", "numerics"
+    )
+    # Weight differences (chapter `11_limits`)
+    drift_length: int = _constant(12, "tokens of each random text on which drift is measured", "cost")
+    drift_share: float = _constant(
+        0.25, "share of the drift by which vectors halfway differ from those of the steps", "measured: exact at 1e-3"
+    )
+    lost_in_rounding: float = _constant(0.5, "share of entries that did not move, from which rounding hides", "chosen")
     # Decoder search (chapters `06_decoder_recovery` and `11_limits`)
     search_directions: int = _constant(32, "random directions that screen extensions of prefixes", "cost")
     screen_slack: float = _constant(2.0, "screened residuals may exceed the bound by so much", "statistics")
@@ -73,6 +82,13 @@ class Constants:
     carried: int = _constant(16, "extensions carried through the MLP for each prefix that was kept", "cost")
     usual_sample: int = _constant(512, "extensions that tell which leverages are usual at a position", "statistics")
     widest: int = _constant(128, "prefixes of one length that a search by leverage keeps at most", "cost")
+    ranked_sample: int = _constant(192, "random extensions that tell how badly false ones fit", "statistics")
+    ranked: int = _constant(8, "extensions of each prefix that are carried through the MLP", "cost")
+    garbage: float = _constant(0.05, "chance that a text's end is followed by a token that only seems to fit", "chosen")
+    beside_best: float = _constant(0.6, "share of the best sibling's evidence that another one needs", "chosen")
+    beam: int = _constant(3, "prefixes that each first token keeps, whatever others have", "cost")
+    patience: int = _constant(2, "rows in a row that need not stand out before a beam is given up", "chosen")
+    own_rows: float = _constant(2.0, "outstanding rows that a text needs which no better text has", "chosen")
     # Completion
     tokens_trained_at_once: int = _constant(1024, "tokens for which the client's step is repeated at once", "cost")
     most_copies: int = _constant(8, "copies of one text, and texts for each distinct one, that are tried", "cost")

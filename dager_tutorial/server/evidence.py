@@ -18,6 +18,7 @@ from dager_tutorial.models.adapter import Adapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import QKV, QUERY, Tap
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.drift import halfway
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
 from dager_tutorial.server.reading import span_of
 from dager_tutorial.server.rounding import probe, rounding_errors
@@ -37,6 +38,7 @@ class Evidence:
         precision: The coarsest dtype among them, and that block 0's numbers show, whatever they are stored in.
         watch: Credits the time that reading takes to the stage `subspace`.
         spans: What was read, None where nothing was shared or all is zero.
+        drifts: How far the client's steps moved the inputs of taps, relative; empty for a gradient.
     """
 
     adapter: Adapter
@@ -44,6 +46,7 @@ class Evidence:
     precision: torch.dtype
     watch: Stopwatch = field(default_factory=Stopwatch)
     spans: dict[Tap, Span | None] = field(default_factory=dict)
+    drifts: Mapping[Tap, float] = field(default_factory=dict)
     _errors: dict[Tap, float] = field(default_factory=dict)
     _usual: dict[Tap, Usual] = field(default_factory=dict)
 
@@ -58,7 +61,7 @@ class Evidence:
         gradient = tap.gradient(self.gradients)
         if gradient is None:
             return None
-        epsilon = torch.finfo(self.precision).eps
+        epsilon = math.hypot(torch.finfo(self.precision).eps, self._drift(tap))
         device = self.adapter.first_input.tokens.device
         arithmetic, guess = self.arithmetic(tap), self._guess(tap)
         return span_of(gradient, precision=epsilon, arithmetic=arithmetic, device=device, guess=guess)
@@ -75,14 +78,23 @@ class Evidence:
         return {tap: span for tap, span in spans.items() if span is not None}
 
     def arithmetic(self, tap: Tap) -> float:
-        """Relative rounding error of a tap's inputs: measured in early blocks, then growing as the root of depth."""
+        """Relative error of a tap's inputs: by rounding, and by the client's steps."""
+        return math.hypot(self._rounding(tap), self._drift(tap))
+
+    def _drift(self, tap: Tap) -> float:
+        """Relative error that the client's steps make of a tap's inputs."""
+        inputs = self.adapter.tap(tap.block, QKV) if tap.kind == QUERY else tap
+        return constants().drift_share * self.drifts.get(inputs, 0.0)
+
+    def _rounding(self, tap: Tap) -> float:
+        """Measured in early blocks, then growing as the root of depth."""
         if not self._errors:
             blocks = min(constants().probe_blocks, self.adapter.num_blocks)
             self._errors.update(rounding_errors(self.adapter, self.precision, blocks))
         inputs = self.adapter.tap(tap.block, QKV) if tap.kind == QUERY else tap  # what enters the query map enters all
         if inputs in self._errors:
             return self._errors[inputs]
-        return max(self._errors.values()) * math.sqrt(tap.block)
+        return max(self._errors.values()) * math.sqrt(max(tap.block, 1))
 
     def nothing_in(self, tap: Tap) -> Status | None:
         """Why a tap says nothing (`NO_SIGNAL` or `NOISE`); None where it does say something."""
@@ -129,7 +141,7 @@ class Evidence:
             gradients: What is left, by backbone parameter name.
         """
         rest = {name: tensor.to(self.adapter.first_input.tokens.device) for name, tensor in gradients.items()}
-        return Evidence(self.adapter, rest, self.precision, self.watch, _errors=self._errors)
+        return Evidence(self.adapter, rest, self.precision, self.watch, drifts=self.drifts, _errors=self._errors)
 
     @property
     def used(self) -> set[str]:
@@ -162,7 +174,10 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
     if first is not None:
         kinds.append(_narrowest(first))
     coarsest = max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
-    return Evidence(adapter, gradients, coarsest, watch or Stopwatch())
+    drifts: Mapping[Tap, float] = {}
+    if update.kind == "delta":
+        adapter, drifts = halfway(adapter, gradients)
+    return Evidence(adapter, gradients, coarsest, watch or Stopwatch(), drifts=drifts)
 
 
 def _narrowest(gradient: Tensor) -> torch.dtype:
