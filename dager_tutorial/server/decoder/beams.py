@@ -81,15 +81,24 @@ class BeamSearch:
 
     def _grown(self, front: Front, extension: Extension) -> Front:
         """The front one token longer."""
-        pairs = self.ranking.promising(front, extension)
-        evidence = self._evidence(front, extension, pairs)
+        pairs = self._different(front, extension, self.ranking.promising(front, extension))
         if self.budget.late or not len(pairs):
+            return self.ranking.block.empty()
+        evidence = self._evidence(front, extension, pairs)
+        if self.budget.late:  # the last ones were not computed
             return self.ranking.block.empty()
         made = [self._row(front, extension, *each) for each in zip(pairs.tolist(), evidence.tolist(), strict=True)]
         kept = [i for i in self._kept(pairs, evidence, made) if made[i].weak <= constants().patience]
         nodes = list(range(len(self.rows), len(self.rows) + len(kept)))
         self.rows += [made[index] for index in kept]
         return self.ranking.block.grown(front, extension, pairs[kept], nodes) if kept else self.ranking.block.empty()
+
+    def _different(self, front: Front, extension: Extension, pairs: Tensor) -> Tensor:
+        """Pairs but for a rotary model's first token repeated, whose state is the same at every length."""
+        if not (self.ranking.block.rotary and extension.position == 1):
+            return pairs
+        first = torch.tensor([self.rows[node].token for node in front.nodes], device=pairs.device)
+        return pairs[first[pairs[:, 0]] != extension.tokens[pairs[:, 1]]]
 
     def _evidence(self, front: Front, extension: Extension, pairs: Tensor) -> Float[Tensor, " pairs"]:
         """By how many deviations pairs fit better than false ones, taps weighed by what they were worth so far."""

@@ -110,7 +110,8 @@ def _candidates(evidence: Evidence, first: Span, budget: Budget) -> Candidates:
     """Tokens that may stand at each position."""
     with evidence.watch.stage("filter"):
         source, named = evidence.adapter.first_input, named_tokens(evidence)
-        if named is not None and not first.clear:
+        # Names are exact; a test against inputs that moved, or without a gap, is not.
+        if named is not None and (evidence.drifts or not first.clear):
             positions = named_positions(evidence)
             if source.positions is None or positions is not None:
                 return anywhere(named, positions)
