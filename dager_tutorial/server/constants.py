@@ -88,6 +88,8 @@ class Constants:
     beside_best: float = _constant(0.6, "share of the best sibling's evidence that another one needs", "chosen")
     beam: int = _constant(3, "prefixes that each first token keeps, whatever others have", "cost")
     patience: int = _constant(2, "rows in a row that need not stand out before a beam is given up", "chosen")
+    alike: int = _constant(4, "last tokens by which a prefix is known as a copy of a better one", "chosen")
+    ending: float = _constant(0.4, "share of a text's usual evidence below which its last rows are none", "chosen")
     own_rows: float = _constant(2.0, "outstanding rows that a text needs which no better text has", "chosen")
     # Completion
     tokens_trained_at_once: int = _constant(1024, "tokens for which the client's step is repeated at once", "cost")

@@ -20,7 +20,7 @@ from dager_tutorial.status import Status
 
 Verdict = tuple[Status, str]
 
-_UNFINISHED = (Status.PARTIAL, Status.SATURATED, Status.NOISE, Status.NO_SIGNAL, Status.WRONG_MODEL)
+_UNFINISHED = (Status.PARTIAL, Status.OUT_OF_TIME, Status.SATURATED, Status.NOISE, Status.NO_SIGNAL, Status.WRONG_MODEL)
 
 
 def unreadable(evidence: Evidence) -> Outcome | None:

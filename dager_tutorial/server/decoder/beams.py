@@ -9,6 +9,7 @@ few tokens is explained by it: only rows that no better text has count for it.
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -138,7 +139,26 @@ class BeamSearch:
             if counts[made[index].root] < constants().beam:
                 counts[made[index].root] += 1
                 kept.add(index)
-        return [index for index in order if index in kept][: constants().widest]
+        return self._unlike([index for index in order if index in kept], made)[: constants().widest]
+
+    def _unlike(self, order: list[int], made: list[_Row]) -> list[int]:
+        """Of rows in their order those that do not end like a better one: copies with a wrong token further back."""
+        ends: set[tuple[int, ...]] = set()
+        unlike = []
+        for index in order:
+            end = self._end(made[index])
+            if len(end) < constants().alike or end not in ends:
+                unlike.append(index)
+                ends.add(end)
+        return unlike
+
+    def _end(self, row: _Row) -> tuple[int, ...]:
+        """The last tokens up to a row, the last first."""
+        end = [row.token]
+        while len(end) < constants().alike and row.parent is not None:
+            row = self.rows[row.parent]
+            end.append(row.token)
+        return tuple(end)
 
     @staticmethod
     def _needed(tried: int, alarms: float | None = None) -> float:
@@ -159,7 +179,8 @@ class BeamSearch:
         """Last rows of the texts that have rows of their own, the best text first."""
         strong = [index for index, row in enumerate(self.rows) if not row.weak]
         inner = {step for index in strong for step in self._path(index)[:-1]}
-        ends = sorted((index for index in strong if index not in inner), key=lambda index: -self.rows[index].total)
+        leaves = (self._ended(index) for index in strong if index not in inner)
+        ends = sorted(leaves, key=lambda index: -self.rows[index].total)
         explained: set[tuple[int, int]] = set()
         chosen = []
         for end in ends:
@@ -169,6 +190,14 @@ class BeamSearch:
                 chosen.append(end)
                 explained |= {(row.position, row.token) for row in own}
         return chosen
+
+    def _ended(self, index: int) -> int:
+        """Where the text of a row ends: behind it, rows fit far worse than usual in it."""
+        path = self._path(index)
+        usually = statistics.median(self.rows[step].evidence for step in path)
+        while len(path) > 1 and self.rows[path[-1]].evidence < constants().ending * usually:
+            path.pop()
+        return path[-1]
 
     def _tree(self, ends: list[int]) -> Tree:
         """The prefixes of some texts as a tree; a text's ratio is what chance explains of its mean evidence."""

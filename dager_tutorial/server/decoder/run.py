@@ -110,8 +110,8 @@ def _candidates(evidence: Evidence, first: Span, budget: Budget) -> Candidates:
     """Tokens that may stand at each position."""
     with evidence.watch.stage("filter"):
         source, named = evidence.adapter.first_input, named_tokens(evidence)
-        # Names are exact; a test against inputs that moved, or without a gap, is not.
-        if named is not None and (evidence.drifts or not first.clear):
+        # Names are exact; a test of inputs that moved is not.
+        if named is not None and evidence.drifts:
             positions = named_positions(evidence)
             if source.positions is None or positions is not None:
                 return anywhere(named, positions)
@@ -140,8 +140,12 @@ def _by_leverage(
 
 
 def _without_gap(evidence: Evidence, spans: Spans) -> bool:
-    """Whether no gap stands below any signal, though not all of them are full."""
-    return any(not span.saturated for span in spans.values()) and not any(span.clear for span in spans.values())
+    """Whether the client's steps moved the inputs, and no gap stands below any signal, though not all are full."""
+    return (
+        bool(evidence.drifts)
+        and any(not span.saturated for span in spans.values())
+        and not any(span.clear for span in spans.values())
+    )
 
 
 def _by_rank(
@@ -154,6 +158,8 @@ def _by_rank(
         tree = BeamSearch(candidates, ranking, budget).run()
         clear = {tap: span for tap, span in last.items() if span.clear}
         likely = _likeliest(_Found(tree, whole_texts(adapter, tree, clear), {}, clear))
+    if not likely.texts.nodes:
+        return likely.outcome(*no_beginning(adapter, late=budget.late))
     return likely.outcome(*of_ranking(likely.ends, len(likely.texts.confirmed), late=budget.late))
 
 
