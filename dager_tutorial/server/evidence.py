@@ -16,7 +16,7 @@ from torch import Tensor
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.adapter import Adapter
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.models.tap import QKV, QUERY, Tap
+from dager_tutorial.models.tap import MLP, QKV, QUERY, Tap
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.drift import halfway
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
@@ -174,10 +174,18 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
     if first is not None:
         kinds.append(_narrowest(first))
     coarsest = max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
-    drifts: Mapping[Tap, float] = {}
-    if update.kind == "delta":
-        adapter, drifts = halfway(adapter, gradients)
-    return Evidence(adapter, gradients, coarsest, watch or Stopwatch(), drifts=drifts)
+    evidence = Evidence(adapter, gradients, coarsest, watch or Stopwatch())
+    if update.kind != "delta" or _of_one_step(evidence):
+        return evidence
+    between, drifts = halfway(adapter, gradients)
+    return Evidence(between, gradients, coarsest, evidence.watch, drifts=drifts)
+
+
+def _of_one_step(evidence: Evidence) -> bool:
+    """Whether a weight difference is a gradient: inputs that steps had moved would leave no gap in a later tap."""
+    adapter = evidence.adapter
+    span = evidence.span(adapter.tap(1, QKV) if adapter.num_blocks > 1 else adapter.tap(0, MLP))
+    return span is not None and span.clear
 
 
 def _narrowest(gradient: Tensor) -> torch.dtype:

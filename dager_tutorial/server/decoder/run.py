@@ -109,14 +109,13 @@ def _proven(adapter: DecoderAdapter, found: _Found, expected: int | None, *, lat
 def _candidates(evidence: Evidence, first: Span, budget: Budget) -> Candidates:
     """Tokens that may stand at each position."""
     with evidence.watch.stage("filter"):
-        source, named = evidence.adapter.first_input, named_tokens(evidence)
-        # Names are exact; a test of inputs that moved is not.
-        if named is not None and evidence.drifts:
+        named = named_tokens(evidence) if evidence.drifts else None
+        if named is not None:  # names are exact, and a test of inputs that moved is not
             positions = named_positions(evidence)
-            if source.positions is None or positions is not None:
+            if evidence.adapter.first_input.positions is None or positions is not None:
                 return anywhere(named, positions)
         wanted = filter_by_leverage if first.saturated else filter_tokens
-        found = wanted(source, first, budget)
+        found = wanted(evidence.adapter.first_input, first, budget)
         return found if named is None else among(found, named)
 
 
