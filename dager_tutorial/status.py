@@ -76,6 +76,11 @@ class Status(_Explained):
         "the gradients that the attack reads hold nothing that stands out from noise",
         "no span attack reads this update; attacks that compare whole gradients may",
     )
+    BELOW_ROUNDING = (
+        "below_rounding",
+        "most weights did not move: the client's steps are smaller than what rounding leaves of them",
+        "what is reported was found in the rest; the learning rate, not a defence, hides the batch",
+    )
     NO_SIGNAL = (
         "no_signal",
         "the gradients that the attack reads are missing or zero",

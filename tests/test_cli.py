@@ -151,15 +151,15 @@ def test_every_option_of_the_client_reaches_it(folder, tmp_path):
     assert written["numbers"] == gradients[name].numel()
 
 
-@pytest.mark.parametrize(("command", "function"), [("capture", "client_update"), ("attack", "play")])
-def test_the_client_is_told_what_the_user_said(command, function, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", ["capture", "attack"])
+def test_the_client_is_told_what_the_user_said(command, folder, tmp_path, monkeypatch):
     told = {}
 
     def spy(model, texts, labels, *, config):
         told.update(blocks=model.network.config.num_hidden_layers, texts=texts, labels=labels, config=config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"dager_tutorial.client.step.{function}", spy)
+    monkeypatch.setattr("dager_tutorial.client.step.play", spy)
     options = ["--task", "next_token", "--loss", "frobenius", "--dtype", "float64", "--padding-side", "left"]
     options += ["--max-length", "4", "--share", "a.weight, b.weight", "--seed", "5", "--blocks", "2"]
     labels = ["--label", "1", "--label", "2", "--label", "0"]
@@ -168,6 +168,15 @@ def test_the_client_is_told_what_the_user_said(command, function, folder, tmp_pa
     config = ClientConfig("next_token", "frobenius", "float64", ("a.weight", "b.weight"), "left", 4, 5)
     assert told == {"blocks": 2, "texts": TEXTS, "labels": [1, 2, 0], "config": config}
     assert not list(tmp_path.iterdir())
+
+
+def test_local_training_is_captured_and_needs_epochs(folder, tmp_path, capsys):
+    out = tmp_path / "update"
+    local = ["--mini-batch", "2", "--local-lr", "1e-3", "--out", str(out)]
+    assert main(["capture", "--model", folder, *BATCH, *local]) == 2
+    assert "--epochs" in capsys.readouterr().err and not out.exists()
+    assert main(["capture", "--model", folder, *BATCH, *local, "--epochs", "2"]) == 0
+    assert Update.load(out).kind == "delta"
 
 
 def test_texts_of_a_file_are_drawn_by_seed(folder, tmp_path):

@@ -57,6 +57,7 @@ def test_every_status_explains_itself() -> None:
         "partial",
         "saturated",
         "noise",
+        "below_rounding",
         "no_signal",
         "out_of_time",
         "wrong_model",

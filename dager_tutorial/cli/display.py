@@ -30,6 +30,7 @@ COLOURS = {
     "saturated": "bold yellow",
     "out_of_time": "bold yellow",
     "noise": "bold red",
+    "below_rounding": "bold red",
     "no_signal": "bold red",
     "wrong_model": "bold red",
 }

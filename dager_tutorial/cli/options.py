@@ -200,13 +200,12 @@ class ClientOptions:
     """How the client trains, and what it sends."""
 
     task: Task = "classification"
-    loss: Annotated[Literal["cross_entropy", "frobenius"], Option("--loss", help="The client's loss.")] = (
-        "cross_entropy"
-    )
+    loss: Annotated[Literal["cross_entropy", "frobenius"], Option(help="The client's loss.")] = "cross_entropy"
     dtype: Dtype = "float32"
     share: Share = "all"
     padding_side: Annotated[Literal["right", "left"], Option("--padding-side", help="Where the client pads.")] = "right"
     max_length: MaxLength = None
+    head_std: Annotated[float, Option("--head-std", min=0.0, help="Deviation of a fresh head's class map.")] = 1e-3
 
     def config(self, seed: int) -> ClientConfig:
         """The client.

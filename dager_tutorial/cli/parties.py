@@ -27,6 +27,7 @@ from dager_tutorial.cli.options import (
     flattened,
 )
 from dager_tutorial.cli.progress import progress, stoppable, waiting
+from dager_tutorial.cli.training import TrainingOptions
 from dager_tutorial.errors import DagerError
 
 if TYPE_CHECKING:
@@ -54,16 +55,15 @@ def capture(
     batch: BatchOptions,
     label: Labels = None,
     client: ClientOptions,
+    training: TrainingOptions,
     seed: Seed = 0,
     results: OutputOptions,
 ) -> None:
     """Play the client: compute the update of a private batch and write it as safetensors."""
     texts, labels = batch.draw(seed, label)
     config, language_model = client.config(seed), model.load()
-    from dager_tutorial.client.step import client_update
-
     with waiting(COMPUTING):
-        update = client_update(language_model, texts, labels, config=config)
+        update, _ = training.play(language_model, texts, labels, config)
     update.save(out)
     numbers = sum(tensor.numel() for tensor in update.gradients.values())
     record = {"update": str(out), "model": model.model, "kind": update.kind, "tensors": len(update.gradients)}
@@ -118,6 +118,7 @@ def attack(
     batch: BatchOptions,
     label: Labels = None,
     client: ClientOptions,
+    training: TrainingOptions,
     completion: Completion = True,
     time_budget: TimeBudget = None,
     seed: Seed = 0,
@@ -126,11 +127,11 @@ def attack(
     """Capture, recover and score in one go: how much would this batch give away?"""
     texts, labels = batch.draw(seed, label)
     config, limits, language_model = client.config(seed), _limits(seed, time_budget, completion), model.load()
-    from dager_tutorial.client.step import head_of, play
+    from dager_tutorial.client.step import head_of
     from dager_tutorial.evaluation import metrics
 
     with waiting(COMPUTING):
-        update, truth = play(language_model, texts, labels, config=config)
+        update, truth = training.play(language_model, texts, labels, config)
     found = _attacked(language_model, update, head_of(config, truth.labels), limits)
     points = metrics.score(found, truth)
     shown = (display.status_lines(found), *_compared(points), display.times_table(found.seconds))

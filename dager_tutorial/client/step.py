@@ -99,24 +99,45 @@ def _update(model: LanguageModel, batch: PrivateBatch, config: ClientConfig) -> 
     backbone = in_dtype(model.network, getattr(torch, config.dtype))
     if model.adapter:
         backbone = with_adapter(backbone, model.adapter)
-    adapter = adapter_for(backbone)
-    client = with_head(backbone, model.tokenizer, head_of(config, batch.labels))
-    token = pad_for(client.config, model.tokenizer, {ids[-1] for ids in batch.inputs})
-    client.config.pad_token_id = token
-    padded = pad(batch, token, config.padding_side, model.device)
+    adapter, client = adapter_for(backbone), trainee(model, backbone, batch, config)
+    padded = pad(batch, client.config.pad_token_id, config.padding_side, model.device)
     shared = shared_parameters(client, adapter, config.share)
     streamed = is_streamed(backbone)
     if streamed:
         check_memory(shared, config.share)
     with requiring_grad(shared), recomputed(client) if streamed else nullcontext():
-        gradients = _gradients(_loss(client, adapter, padded, batch.labels, config), shared, config.share)
+        gradients = _gradients(batch_loss(client, adapter, padded, batch.labels, config), shared, config.share)
     return _as_update(gradients, model, config.dtype)
 
 
-def _loss(
+def trainee(
+    model: LanguageModel, backbone: PreTrainedModel, batch: PrivateBatch, config: ClientConfig
+) -> PreTrainedModel:
+    """The network that the client trains: its backbone under the head of the task, told what it pads with.
+
+    Args:
+        model: The shared model.
+        backbone: Its network, or the client's own copy of it.
+        batch: The private texts, none of which ends in the pad.
+        config: What the client does.
+    """
+    client = with_head(backbone, model.tokenizer, head_of(config, batch.labels))
+    client.config.pad_token_id = pad_for(client.config, model.tokenizer, {ids[-1] for ids in batch.inputs})
+    return client
+
+
+def batch_loss(
     client: PreTrainedModel, adapter: Adapter, padded: Padded, classes: Sequence[int], config: ClientConfig
 ) -> Float[Tensor, ""]:
-    """The scalar loss of the batch, by the client's unmodified forward pass."""
+    """The scalar loss of a batch, by the client's unmodified forward pass.
+
+    Args:
+        client: The client's network.
+        adapter: The adapter of the backbone inside it.
+        padded: The texts.
+        classes: Their labels.
+        config: What the client does.
+    """
     # Positions count real tokens, so that behind left padding a text stands where it stands alone.
     inputs = {
         "input_ids": padded.ids,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dager_tutorial.models.first_input import FirstInput
-from dager_tutorial.models.tap import KINDS, QKV, QUERY, Tap
+from dager_tutorial.models.tap import KINDS, MLP_OUTPUT, QKV, QUERY, Tap
 
 Rows = Float[Tensor, "rows width"]
 """Hidden states of a causal model, or the normalised vectors that enter its maps."""
@@ -249,6 +249,17 @@ class DecoderAdapter(Adapter):
     @abstractmethod
     def after_mlp(self, block: int, hidden: Rows, vectors: Rows) -> Rows:
         """Hidden states (rows x width) after the MLP of `vectors` and the residual."""
+
+    def through_mlp(self, block: int, hidden: Rows, vectors: Rows) -> tuple[Float[Tensor, "rows activated"], Rows]:
+        """What enters the MLP's output map (rows x activations), and `after_mlp` of the same."""
+        seen: list[Tensor] = []
+        (output,) = self.linear_maps(block, MLP_OUTPUT)
+        hook = output.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            after = self.after_mlp(block, hidden, vectors)
+        finally:
+            hook.remove()
+        return seen[0], after
 
 
 class EncoderAdapter(Adapter):

@@ -21,14 +21,22 @@ from dager_tutorial.models.streaming import absent, is_absent
 def in_dtype(network: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The network itself when it has the dtype, else a copy with converted parameters.
 
-    Buffers keep theirs: transformers holds rotary frequencies in float32 whatever the weights are.
+    Args:
+        network: The headless model.
+        dtype: The dtype to train in.
+    """
+    return network if network.dtype == dtype else own_copy(network, dtype)
+
+
+def own_copy(network: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of the network with converted parameters, none of which requires a gradient.
+
+    Buffers keep their dtype: transformers holds rotary frequencies in float32 whatever the weights are.
 
     Args:
         network: The headless model.
         dtype: The dtype to train in.
     """
-    if network.dtype == dtype:
-        return network
     converted: dict[int, Any] = {
         id(parameter): nn.Parameter(_converted(parameter.detach(), dtype), requires_grad=False)
         for parameter in network.parameters()
@@ -37,8 +45,8 @@ def in_dtype(network: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _converted(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers in another dtype; those that are out of memory stay out."""
-    return absent(parameter, dtype) if is_absent(parameter) else parameter.to(dtype)
+    """The numbers in a dtype, in memory of their own; those that are out of memory stay out."""
+    return absent(parameter, dtype) if is_absent(parameter) else parameter.to(dtype, copy=True)
 
 
 def filled(

@@ -16,10 +16,11 @@ from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.budget import AttackConfig, Budget, Progress
 from dager_tutorial.server.completion.run import completed
 from dager_tutorial.server.decoder.run import recover_prefixes
+from dager_tutorial.server.drift import unmoved
 from dager_tutorial.server.encoder.run import recover_texts
 from dager_tutorial.server.evidence import Evidence, evidence_of
 from dager_tutorial.server.outcome import Outcome
-from dager_tutorial.server.verdict import of_adapter, unreadable
+from dager_tutorial.server.verdict import of_adapter, of_difference, unreadable
 from dager_tutorial.stopwatch import Stopwatch, peak_memory_mb
 from dager_tutorial.update import Update
 
@@ -62,6 +63,8 @@ def attack(
     outcome = search(evidence)
     if config.complete and not evidence.maps:  # a step of an adapter is not simulated
         outcome = completed(model, update, head, evidence, search, outcome, budget)
+    if update.kind == "delta":
+        outcome = of_difference(outcome, unmoved(evidence.gradients, evidence.used))
     return _reconstruction(model, evidence, outcome)
 
 

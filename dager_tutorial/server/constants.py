@@ -61,6 +61,15 @@ class Constants:
     filter_directions: int = _constant(64, "random directions of the complement that screen all pairs", "cost")
     filter_positions: int = _constant(32, "positions that are screened in one product", "cost")
     filter_pairs: int = _constant(8192, "pairs that are tested exactly at once", "cost")
+    row_rounding: float = _constant(
+        1e-4, "share of a usual row of the embedding gradient below which it is rounding", "numerics"
+    )
+    # Weight differences (chapter `11_limits`)
+    drift_length: int = _constant(12, "tokens of each random text on which drift is measured", "cost")
+    drift_share: float = _constant(
+        0.25, "share of the drift by which vectors halfway differ from those of the steps", "measured: exact at 1e-3"
+    )
+    lost_in_rounding: float = _constant(0.5, "share of entries that did not move, from which rounding hides", "chosen")
     # Decoder search (chapters `06_decoder_recovery` and `11_limits`)
     search_directions: int = _constant(32, "random directions that screen extensions of prefixes", "cost")
     screen_slack: float = _constant(2.0, "screened residuals may exceed the bound by so much", "statistics")
@@ -72,9 +81,6 @@ class Constants:
     )
     widest: int = _constant(128, "prefixes of one length that a search by leverage keeps at most", "cost")
     # Decoder search by summed evidence (chapter `11_limits`)
-    row_rounding: float = _constant(
-        1e-4, "share of a usual row of the embedding gradient below which it is rounding", "numerics"
-    )
     largest_deviation: float = _constant(6.0, "deviations beyond which a tap's evidence says no more", "measured")
     logistic_ridge: float = _constant(10.0, "ridge of the regression that weighs the evidence of taps", "measured")
     logistic_steps: int = _constant(25, "steps of Newton's method in that regression", "cost")
@@ -96,6 +102,16 @@ class Constants:
     simulated_rows: float = _constant(1.2, "rows of a simulated batch over the width, at least", "chosen")
     doubtful_odds: float = _constant(4.0, "log-odds below zero down to which an extension may be doubtful", "measured")
     least_odds: float = _constant(2.5, "log-odds below which a prefix is given up", "measured")
+    # Decoder search where the weights moved on the way
+    ranked_sample: int = _constant(192, "random extensions that tell how badly false ones fit", "statistics")
+    ranked: int = _constant(8, "extensions of each prefix that are carried through the MLP", "cost")
+    garbage: float = _constant(0.05, "chance that a text's end is followed by a token that only seems to fit", "chosen")
+    beside_best: float = _constant(0.6, "share of the best sibling's evidence that another one needs", "chosen")
+    beam: int = _constant(3, "prefixes that each first token keeps, whatever others have", "cost")
+    weak_rows: int = _constant(2, "rows in a row that need not stand out before a beam is given up", "chosen")
+    alike: int = _constant(4, "last tokens by which a prefix is known as a copy of a better one", "chosen")
+    ending: float = _constant(0.4, "share of a text's usual evidence below which its last rows are none", "chosen")
+    own_rows: float = _constant(2.0, "outstanding rows that a text needs which no better text has", "chosen")
     # Completion
     tokens_trained_at_once: int = _constant(128, "tokens for which the client's step is repeated at once", "cost")
     most_copies: int = _constant(8, "copies of one text, and texts for each distinct one, that are tried", "cost")

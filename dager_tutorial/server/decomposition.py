@@ -99,10 +99,20 @@ def decomposed(matrix: Float[Tensor, "outputs inputs"], precision: float) -> Sig
         matrix: See `signal_of`.
         precision: See `signal_of`.
     """
-    values, directions = right_singular(matrix)
     floor = rounding_floor(matrix, precision)
+    if 2 * len(matrix) <= matrix.shape[1]:
+        return _of_few_outputs(matrix, floor)
+    values, directions = right_singular(matrix)
     rank = numerical_rank(values, len(matrix), floor)
     return Signal(values[:rank], directions[:, :rank], tail_of(values[rank:]), Spectrum(values, directions), floor)
+
+
+def _of_few_outputs(matrix: Tensor, floor: float) -> Signal:
+    """The same where inputs are many more than outputs: there is nothing to find in most directions."""
+    basis, corner = torch.linalg.qr(matrix.T)
+    turned, values, _ = torch.linalg.svd(corner)
+    rank = numerical_rank(values, len(matrix), floor, inputs=matrix.shape[1])
+    return Signal(values[:rank], (basis @ turned)[:, :rank], tail_of(values[rank:]), None, floor)
 
 
 def tail_of(values: Float[Tensor, " noise"]) -> Tail:

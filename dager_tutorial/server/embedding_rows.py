@@ -1,4 +1,4 @@
-"""Which tokens a shared embedding gradient names: its rows that are not zero (chapter `11_limits`).
+"""Which tokens and positions an update's embeddings name: the rows that are not zero (chapter `11_limits`).
 
 A token that is in no text has an embedding gradient of exactly zero, unless the embedding is the output map, too: then
 a loss over the vocabulary gives every token a row, and nothing is read off it.
@@ -24,7 +24,27 @@ def named_tokens(evidence: Evidence) -> Int[Tensor, " tokens"] | None:
     Returns:
         int64, sorted; None where the gradient was not shared or names no tokens.
     """
-    gradient = evidence.gradients.get(_embedding(evidence))
+    return _named(evidence, evidence.adapter.first_input.tokens)
+
+
+def named_positions(evidence: Evidence) -> int | None:
+    """How many positions the longest text has, by the rows of the position embeddings' gradient.
+
+    Args:
+        evidence: The update's gradients.
+
+    Returns:
+        None where the model has none, or their gradient was not shared or names none.
+    """
+    positions = evidence.adapter.first_input.positions
+    named = None if positions is None else _named(evidence, positions)
+    return None if named is None else int(named[-1]) + 1
+
+
+def _named(evidence: Evidence, table: Tensor) -> Tensor | None:
+    """The rows of an embedding's gradient that stand out."""
+    names = (name for name, each in evidence.adapter.network.named_parameters() if each is table)
+    gradient = evidence.gradients.get(next(names, ""))
     if gradient is None:
         return None
     sizes = gradient.float().norm(dim=1)
@@ -32,12 +52,6 @@ def named_tokens(evidence: Evidence) -> Int[Tensor, " tokens"] | None:
         return None
     # What was subtracted from a gradient leaves rounding where a row was.
     return (sizes > constants().row_rounding * sizes[sizes > 0].median()).nonzero()[:, 0]
-
-
-def _embedding(evidence: Evidence) -> str:
-    """The name of the token embedding's parameter."""
-    weight = evidence.adapter.network.get_input_embeddings().weight
-    return next(name for name, each in evidence.adapter.network.named_parameters() if each is weight)
 
 
 def among(candidates: Candidates, tokens: Int[Tensor, " tokens"]) -> Candidates:
@@ -51,3 +65,13 @@ def among(candidates: Candidates, tokens: Int[Tensor, " tokens"]) -> Candidates:
     while len(kept) > 1 and not len(kept[-1]):
         kept = kept[:-1]
     return Candidates(kept, candidates.every_position)
+
+
+def anywhere(tokens: Int[Tensor, " tokens"], positions: int | None) -> Candidates:
+    """Some tokens at every position.
+
+    Args:
+        tokens: int64.
+        positions: How many positions there are; None for a rotary model, where one entry holds for all.
+    """
+    return Candidates((tokens,) * (positions or 1), every_position=positions is None)

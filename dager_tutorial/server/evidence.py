@@ -18,9 +18,10 @@ from dager_tutorial.models import adapter_for
 from dager_tutorial.models.adapter import Adapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.low_rank import LowRankMaps
-from dager_tutorial.models.tap import QKV, QUERY, Tap, precise
+from dager_tutorial.models.tap import MLP, QKV, QUERY, Tap, precise
 from dager_tutorial.server.adapter_reading import adapter_gradients, adapter_names, low_rank_span
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.drift import halfway
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
 from dager_tutorial.server.reading import span_of
 from dager_tutorial.server.rounding import probe, rounding_errors
@@ -42,6 +43,7 @@ class Evidence:
         watch: Credits the time that reading takes to the stage `subspace`.
         spans: What was read, None where nothing was shared or all is zero.
         rounding: How many times larger the errors of the gradients are than those of storing them, at least.
+        drifts: How far the client's steps moved the inputs of taps, relative; empty for a gradient.
     """
 
     adapter: Adapter
@@ -51,6 +53,7 @@ class Evidence:
     maps: LowRankMaps = field(default_factory=dict)
     spans: dict[Tap, Span | None] = field(default_factory=dict)
     rounding: float = 1.0
+    drifts: Mapping[Tap, float] = field(default_factory=dict)
     _errors: dict[Tap, float] = field(default_factory=dict)
     _usual: dict[Tap, Usual] = field(default_factory=dict)
 
@@ -65,7 +68,7 @@ class Evidence:
         gradient = tap.gradient(self.gradients)
         if gradient is None and not self.maps:
             return None
-        epsilon = torch.finfo(self.precision).eps * self.rounding
+        epsilon = math.hypot(torch.finfo(self.precision).eps * self.rounding, self._drift(tap))
         device = self.adapter.first_input.tokens.device
         arithmetic, guess = self.arithmetic(tap), self._guess(tap)
         read = partial(span_of, precision=epsilon, arithmetic=arithmetic, device=device, guess=guess)
@@ -83,14 +86,23 @@ class Evidence:
         return {tap: span for tap, span in spans.items() if span is not None}
 
     def arithmetic(self, tap: Tap) -> float:
-        """Relative rounding error of a tap's inputs: measured in early blocks, then growing as the root of depth."""
+        """Relative error of a tap's inputs: by rounding, and by the client's steps."""
+        return math.hypot(self._rounding(tap), self._drift(tap))
+
+    def _drift(self, tap: Tap) -> float:
+        """Relative error that the client's steps make of a tap's inputs."""
+        inputs = self.adapter.tap(tap.block, QKV) if tap.kind == QUERY else tap
+        return constants().drift_share * self.drifts.get(inputs, 0.0)
+
+    def _rounding(self, tap: Tap) -> float:
+        """Measured in early blocks, then growing as the root of depth."""
         if not self._errors:
             blocks = min(constants().probe_blocks, self.adapter.num_blocks)
             self._errors.update(rounding_errors(self.adapter, self.precision, blocks))
         inputs = self.adapter.tap(tap.block, QKV) if tap.kind == QUERY else tap  # what enters the query map enters all
         if inputs in self._errors:
             return self._errors[inputs]
-        return max(self._errors.values()) * math.sqrt(tap.block)
+        return max(self._errors.values()) * math.sqrt(max(tap.block, 1))
 
     def nothing_in(self, tap: Tap) -> Status | None:
         """Why a tap says nothing (`NO_SIGNAL` or `NOISE`); None where it does say something."""
@@ -140,7 +152,14 @@ class Evidence:
         # What is left keeps the rounding of all that was added up, twice: the client's and that of the simulation.
         rounding = constants().largest_rounding
         return Evidence(
-            self.adapter, rest, self.precision, self.watch, self.maps, rounding=rounding, _errors=self._errors
+            self.adapter,
+            rest,
+            self.precision,
+            self.watch,
+            self.maps,
+            rounding=rounding,
+            drifts=self.drifts,
+            _errors=self._errors,
         )
 
     def shared(self, tap: Tap) -> set[str]:
@@ -182,7 +201,18 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
     if first:
         kinds.append(_narrowest(torch.cat([precise(each).flatten() for each in first])))
     coarsest = max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
-    return Evidence(adapter, gradients, coarsest, watch or Stopwatch(), model.adapter if adapted else {})
+    evidence = Evidence(adapter, gradients, coarsest, watch or Stopwatch(), model.adapter if adapted else {})
+    if update.kind != "delta" or adapted or _of_one_step(evidence):
+        return evidence
+    between, drifts = halfway(adapter, gradients)
+    return Evidence(between, gradients, coarsest, evidence.watch, drifts=drifts)
+
+
+def _of_one_step(evidence: Evidence) -> bool:
+    """Whether a weight difference is a gradient: inputs that steps had moved would leave no gap in a later tap."""
+    adapter = evidence.adapter
+    span = evidence.span(adapter.tap(1, QKV) if adapter.num_blocks > 1 else adapter.tap(0, MLP))
+    return span is not None and span.clear
 
 
 def _narrowest(gradient: Tensor) -> torch.dtype:

@@ -13,11 +13,14 @@ from dataclasses import replace
 
 from dager_tutorial.models.adapter import Adapter, DecoderAdapter
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
+from dager_tutorial.server.constants import constants
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import Ends, Outcome
 from dager_tutorial.status import Status
 
 Verdict = tuple[Status, str]
+
+_UNFINISHED = (Status.PARTIAL, Status.OUT_OF_TIME, Status.SATURATED, Status.NOISE, Status.NO_SIGNAL, Status.WRONG_MODEL)
 
 
 def unreadable(evidence: Evidence) -> Outcome | None:
@@ -116,10 +119,37 @@ def of_leverage(ends: Ends, confirmed: int, *, late: bool) -> Verdict:
         said = "no block left to confirm a text"
     else:
         said = f"{_of(confirmed, ends.rank)} texts confirmed by the last block"
-    reason = f"about as many prefixes as there are directions, told by leverage alone: {said}"
+    reason = f"about as many prefixes as there are directions, told by summed evidence alone: {said}"
     if late:
         return Status.OUT_OF_TIME, f"{reason} when the time budget was spent"
     return (Status.ENDS_CONFIRMED if ends.complete else Status.SATURATED), reason
+
+
+def of_ranking(ends: Ends, confirmed: int, *, late: bool) -> Verdict:
+    """The verdict on a search by rank, where no gap stands below the signal.
+
+    Args:
+        ends: What the last block says of the texts' ends.
+        confirmed: How many of the texts it confirms.
+        late: The time budget was spent.
+    """
+    said = f"{_of(confirmed, ends.rank)} texts confirmed by the last block" if ends.seen else "nothing confirms an end"
+    reason = f"noise leaves no gap below the signal, texts are ranked by how well they fit: {said}"
+    if late:
+        return Status.OUT_OF_TIME, f"{reason} when the time budget was spent"
+    return (Status.ENDS_CONFIRMED if ends.complete else Status.PARTIAL), reason
+
+
+def of_difference(outcome: Outcome, unmoved: float) -> Outcome:
+    """What a search of a weight difference came to, and how much of it rounding hid.
+
+    Args:
+        outcome: What the search came to.
+        unmoved: Share of the entries that were read and did not move.
+    """
+    told = f"{outcome.diagnosis}; {unmoved:.0%} of the entries that were read did not move"
+    hidden = unmoved >= constants().lost_in_rounding and outcome.status in _UNFINISHED
+    return replace(outcome, status=Status.BELOW_ROUNDING if hidden else outcome.status, diagnosis=told)
 
 
 def of_texts(rows: int, expected: int | None, *, late: bool) -> Verdict:

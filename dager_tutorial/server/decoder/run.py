@@ -8,20 +8,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dager_tutorial.models.adapter import DecoderAdapter
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY, Tap
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, QUERY, Tap
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decoder.beams import BeamSearch
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
+from dager_tutorial.server.decoder.front import FirstBlock
+from dager_tutorial.server.decoder.ranking import Ranking
 from dager_tutorial.server.decoder.residual import ResidualSelector
 from dager_tutorial.server.decoder.search import TreeSearch
 from dager_tutorial.server.decoder.summed.run import likely_prefixes
 from dager_tutorial.server.decoder.tree import Tree
-from dager_tutorial.server.embedding_rows import among, named_tokens
+from dager_tutorial.server.embedding_rows import among, anywhere, named_positions, named_tokens
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import Ends, FoundText, Outcome, expected_rows
 from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates, filter_by_leverage, filter_tokens
-from dager_tutorial.server.verdict import no_beginning, no_candidates, of_leverage, of_prefixes
+from dager_tutorial.server.verdict import no_beginning, no_candidates, of_leverage, of_prefixes, of_ranking
 from dager_tutorial.status import Certainty, Confirmation, Status
 
 Spans = dict[Tap, Span]
@@ -60,7 +63,7 @@ class _Found:
 
 
 def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
-    """Grow prefixes from the first token on, by residuals where there are any, else by leverage.
+    """Grow prefixes from the first token on, by residuals where there are any, else by the evidence of all taps.
 
     Args:
         evidence: The update's gradients, of which block 0 holds something.
@@ -77,6 +80,8 @@ def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
     last, expected = _last(evidence, adapter, budget), expected_rows(spans.values())
     if budget.late:
         return Outcome(*no_beginning(adapter, late=True))
+    if _without_gap(evidence, spans):
+        return _by_rank(evidence, adapter, spans, candidates, last, budget)
     with evidence.watch.stage("search"):
         if not saturated:
             tree = _by_residual(adapter, spans, candidates, budget)
@@ -106,8 +111,12 @@ def _proven(evidence: Evidence, adapter: DecoderAdapter, found: _Found, expected
 def _candidates(evidence: Evidence, first: Span, budget: Budget) -> Candidates:
     """Tokens that may stand at each position."""
     with evidence.watch.stage("filter"):
-        wanted = filter_by_leverage if first.saturated else filter_tokens
         named = named_tokens(evidence)
+        if named is not None and evidence.drifts:  # names are exact, and a test of inputs that moved is not
+            positions = named_positions(evidence)
+            if evidence.adapter.first_input.positions is None or positions is not None:
+                return anywhere(named, positions)
+        wanted = filter_by_leverage if first.saturated else filter_tokens
         found = wanted(evidence.adapter.first_input, first, budget)
         return found if named is None else among(found, named)
 
@@ -117,6 +126,30 @@ def _by_residual(adapter: DecoderAdapter, spans: Spans, candidates: Candidates, 
     expected = expected_rows(spans.values())
     selector = ResidualSelector(adapter, spans, budget, counted=expected is not None)
     return TreeSearch(candidates, selector, budget, expected).run()
+
+
+def _without_gap(evidence: Evidence, spans: Spans) -> bool:
+    """Whether the client's steps moved the inputs, and no gap stands below any signal, though not all are full."""
+    return (
+        bool(evidence.drifts)
+        and any(not span.saturated for span in spans.values())
+        and not any(span.clear for span in spans.values())
+    )
+
+
+def _by_rank(
+    evidence: Evidence, adapter: DecoderAdapter, spans: Spans, candidates: Candidates, last: Spans, budget: Budget
+) -> Outcome:
+    """The outcome of a search where no gap stands below the signal."""
+    spans = evidence.present(*spans, adapter.tap(0, MLP_OUTPUT))
+    with evidence.watch.stage("search"):
+        ranking = Ranking(spans, FirstBlock.screened(adapter, None, budget), candidates.distinct(), budget.generator())
+        tree = BeamSearch(candidates, ranking, budget).run()
+        clear = {tap: span for tap, span in last.items() if span.clear}
+        likely = _likeliest(_Found(tree, whole_texts(adapter, tree, clear), {}, clear))
+    if not likely.texts.nodes:
+        return likely.outcome(*no_beginning(adapter, late=budget.late))
+    return likely.outcome(*of_ranking(likely.ends, len(likely.texts.confirmed), late=budget.late))
 
 
 def _cascade(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spans:
