@@ -73,7 +73,8 @@ def update_of_state(
 
     See chapter `11_limits`.
     """
-    place, state = _located(path), _read(_located(path))
+    place = _located(path)
+    state = _read(place)
     now = _moments(place, state)
     names = _names(place, state, model, [tuple(moment.mean.shape) for moment in now])
     if before is None:

@@ -182,7 +182,7 @@ def _line(run: AccuracyRun) -> str:
 
 def _scaling_table(runs: list[ScalingRun], powers: dict[str, float | None]) -> Table:
     """One row a batch: its size, the attack's seconds by stage, and what came of it; last, the exponents of growth."""
-    titles = ("texts", "rows", *display.SEARCH_STAGES, "total", "ms/row", "exact %", "status")
+    titles = ("texts", "rows", *runs[0].stage_seconds, "total", "ms/row", "exact %", "status")
     table = display.headed(*titles, left=["status"], collapse_padding=True)
     for run in runs:
         seconds = (f"{duration:.2f}" for duration in (*run.stage_seconds.values(), run.seconds))

@@ -40,8 +40,7 @@ CERTAINTIES = {  # by what a text is confirmed: the colour, and what it means
     "guess": ("red", "nothing: the likeliest answer"),
     "-": ("dim", "not said"),
 }
-SEARCH_STAGES = ("subspace", "filter", "search")
-STAGES = (*SEARCH_STAGES, "completion")
+STAGES = ("subspace", "filter", "search", "completion")
 
 
 def printable(text: str) -> str:

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from dager_tutorial.client.batch import encode
 from dager_tutorial.client.constraints import OneOf, Within, check_options, option
 from dager_tutorial.errors import DagerError
-from dager_tutorial.models.heads import Head, pad_for, with_head
+from dager_tutorial.models.heads import Head, choose_pad, with_head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.low_rank import LowRankMaps, maps_of
-from dager_tutorial.models.training import filled
+from dager_tutorial.models.training import filled_and_masked
 
 INITIALISATIONS = ("default", "gaussian", "pissa", "olora", "orthogonal")
 TRAINED_ON = 8  # texts of each step in which the server trains an adapter before it hands it out
@@ -154,14 +154,12 @@ def _train(network: PreTrainedModel, model: LanguageModel, config: LoraConfig, t
     """A few steps of AdamW on texts that are nobody's secret."""
     client = with_head(network, model.tokenizer, Head(seed=config.seed))
     ids = encode(model.tokenizer, texts[: TRAINED_ON * config.steps])
-    token = pad_for(client.config, model.tokenizer, {each[-1] for each in ids})
-    client.config.pad_token_id = token
+    token = choose_pad(client, model.tokenizer, ids)
     trained = [parameter for name, parameter in client.named_parameters() if "lora_" in name]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
     for start in range(0, len(ids), TRAINED_ON):
         rows = ids[start : start + TRAINED_ON]
-        inputs = filled(rows, token, side="right", device=model.device)
-        mask = filled([[1] * len(row) for row in rows], 0, side="right", device=model.device)
+        inputs, mask = filled_and_masked(rows, token, device=model.device)
         labels = torch.arange(len(rows), device=model.device) % 2
         optimizer.zero_grad()
         client(input_ids=inputs, attention_mask=mask, labels=labels, use_cache=False).loss.backward()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -20,7 +19,7 @@ from dager_tutorial.client.masking import IGNORED, masked_inputs
 from dager_tutorial.errors import DagerError, quote
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel, frame_ids
-from dager_tutorial.models.training import filled
+from dager_tutorial.models.training import filled, filled_and_masked
 
 
 @dataclass(frozen=True)
@@ -190,9 +189,10 @@ def pad(batch: PrivateBatch, token: int, side: str, device: torch.device) -> Pad
         side: `right` or `left`.
         device: Where the tensors go.
     """
-    fill = partial(filled, side=side, device=device)
-    mask = fill([[1] * len(ids) for ids in batch.inputs], 0)
-    return Padded(fill(batch.inputs, token), mask, None if batch.targets is None else fill(batch.targets, IGNORED))
+    ids, mask = filled_and_masked(batch.inputs, token, side=side, device=device)
+    return Padded(
+        ids, mask, None if batch.targets is None else filled(batch.targets, IGNORED, side=side, device=device)
+    )
 
 
 def _tokens(model: LanguageModel, texts: Sequence[str], max_length: int | None, positions: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from dager_tutorial.client.sharing import check_memory, shared_parameters
 from dager_tutorial.errors import DagerError, UpdateError, quote
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.adapter import Adapter
-from dager_tutorial.models.heads import Head, pad_for, with_head
+from dager_tutorial.models.heads import Head, choose_pad, with_head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.streaming import is_absent, is_streamed, recomputed
 from dager_tutorial.models.training import in_dtype, requiring_grad
@@ -122,7 +122,7 @@ def trainee(
         config: What the client does.
     """
     client = with_head(backbone, model.tokenizer, head_of(config, batch.labels))
-    client.config.pad_token_id = pad_for(client.config, model.tokenizer, {ids[-1] for ids in batch.inputs})
+    choose_pad(client, model.tokenizer, batch.inputs)
     return client
 
 

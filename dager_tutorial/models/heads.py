@@ -8,7 +8,7 @@ Only the head is made anew; the backbone inside is the very module that the serv
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,21 @@ def pad_for(settings: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, ends
     """
     choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, *range(settings.vocab_size))
     return next((pad for pad in choices if pad is not None and pad < settings.vocab_size and pad not in ends), 0)
+
+
+def choose_pad(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[int]]) -> int:
+    """Tell a network what it pads with, so that none of the texts ends in it.
+
+    Args:
+        network: The network, whose settings are changed.
+        tokenizer: The model's tokenizer.
+        texts: Token ids of the batch.
+
+    Returns:
+        The pad: see `pad_for`.
+    """
+    network.config.pad_token_id = pad_for(network.config, tokenizer, {ids[-1] for ids in texts})
+    return int(network.config.pad_token_id)
 
 
 def _task_class(settings: PretrainedConfig, task: str) -> type[PreTrainedModel]:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dager_tutorial.errors import ModelError, quote
 from dager_tutorial.models.streaming import is_absent
@@ -99,7 +100,7 @@ def low_rank(network: PreTrainedModel, name: str, down: Tensor, up: Tensor, scal
     weight: Tensor | None = None if own is None else getattr(network.get_submodule(own), "weight", None)
     if weight is None or weight.dim() != 2 or is_absent(weight):
         raise ModelError(f"the adapter is of {quote(name)}, of which this model holds no weight: name its base model")
-    first = type(network.get_submodule(str(own))).__name__ == "Conv1D"
+    first = _input_first(network.get_submodule(str(own)))
     shape = (up.shape[0], down.shape[1])
     if up.shape[1] != down.shape[0] or shape != tuple(weight.T.shape if first else weight.shape):
         raise ModelError(f"the adapter of {quote(name)} is for a map of shape {shape}: name its base model")
@@ -170,7 +171,7 @@ def maps_of(adapted: nn.Module, network: PreTrainedModel) -> dict[str, LowRank]:
             continue
         base = module.base_layer
         weights = (base.weight.detach(), down.weight.detach().clone(), module.lora_B[inner].weight.detach().clone())
-        found[key] = LowRank(*weights, float(module.scaling[inner]), type(base).__name__ == "Conv1D")
+        found[key] = LowRank(*weights, float(module.scaling[inner]), _input_first(base))
         if found[key].shape != tuple(base.weight.shape):
             raise ModelError(
                 f"the adapter of {quote(name)} does not have its map's shape: choose another initialisation"
@@ -178,6 +179,11 @@ def maps_of(adapted: nn.Module, network: PreTrainedModel) -> dict[str, LowRank]:
     if not found:
         raise ModelError("the model holds no LoRA adapter of this backbone: give what peft's get_peft_model returned")
     return found
+
+
+def _input_first(module: nn.Module) -> bool:
+    """Whether a map stores its weight inputs x outputs."""
+    return isinstance(module, Conv1D)
 
 
 def _check_supported(name: str, module: Any) -> None:

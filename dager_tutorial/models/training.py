@@ -66,6 +66,21 @@ def filled(
     return torch.tensor(whole, device=device)
 
 
+def filled_and_masked(
+    rows: Sequence[Sequence[int]], value: int, *, side: str = "right", device: torch.device
+) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
+    """The same, and the attention mask (int64): 1 where a row is, 0 where it is filled up.
+
+    Args:
+        rows: See `filled`.
+        value: See `filled`.
+        side: See `filled`.
+        device: See `filled`.
+    """
+    mask = filled([[1] * len(row) for row in rows], 0, side=side, device=device)
+    return filled(rows, value, side=side, device=device), mask
+
+
 @contextmanager
 def requiring_grad(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Let just these parameters require a gradient for a while.

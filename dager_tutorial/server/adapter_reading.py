@@ -55,7 +55,7 @@ def adapter_gradients(update: Update, model: LanguageModel) -> dict[str, Tensor]
             raise UpdateError(
                 f"the update is of a low-rank adapter ({quote(name)}): give the adapter that the server handed out, too"
             )
-        found |= {_checked(name, part, tensor, model.adapter): tensor}
+        found[_checked(name, part, tensor, model.adapter)] = tensor
     return found
 
 

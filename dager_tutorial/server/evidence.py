@@ -91,15 +91,18 @@ class Evidence:
 
     def _drift(self, tap: Tap) -> float:
         """Relative error that the client's steps make of a tap's inputs."""
-        inputs = self.adapter.tap(tap.block, QKV) if tap.kind == QUERY else tap
-        return constants().drift_share * self.drifts.get(inputs, 0.0)
+        return constants().drift_share * self.drifts.get(self._entering(tap), 0.0)
+
+    def _entering(self, tap: Tap) -> Tap:
+        """The tap that stands for what enters this one: what enters the query map enters all."""
+        return self.adapter.tap(tap.block, QKV) if tap.kind == QUERY else tap
 
     def _rounding(self, tap: Tap) -> float:
         """Measured in early blocks, then growing as the root of depth."""
         if not self._errors:
             blocks = min(constants().probe_blocks, self.adapter.num_blocks)
             self._errors.update(rounding_errors(self.adapter, self.precision, blocks))
-        inputs = self.adapter.tap(tap.block, QKV) if tap.kind == QUERY else tap  # what enters the query map enters all
+        inputs = self._entering(tap)
         if inputs in self._errors:
             return self._errors[inputs]
         return max(self._errors.values()) * math.sqrt(max(tap.block, 1))

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.adapter import Adapter
-from dager_tutorial.models.heads import Head, pad_for, with_head
+from dager_tutorial.models.heads import Head, choose_pad, with_head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import Tap, precise
-from dager_tutorial.models.training import filled, in_dtype
+from dager_tutorial.models.training import filled_and_masked, in_dtype
 from dager_tutorial.server.passes import parts_of, take_off
 from dager_tutorial.update import Update
 
@@ -76,10 +76,8 @@ class Simulator:
 
     def _padded(self, texts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Token ids and mask of texts, padded on the right."""
-        pad = pad_for(self.network.config, self.model.tokenizer, {text[-1] for text in texts})
-        self.network.config.pad_token_id = pad
-        ids = filled(texts, pad, side="right", device=self.model.device)
-        return ids, filled([[1] * len(text) for text in texts], 0, side="right", device=self.model.device)
+        pad = choose_pad(self.network, self.model.tokenizer, texts)
+        return filled_and_masked(texts, pad, device=self.model.device)
 
     def logits(self, texts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Logits of some texts by the unmodified forward pass, and their mask."""

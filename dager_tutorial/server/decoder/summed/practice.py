@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.tap import Tap
-from dager_tutorial.models.training import filled
+from dager_tutorial.models.training import filled_and_masked
 from dager_tutorial.server.passes import take_off
 from dager_tutorial.server.token_filter import Candidates
 
@@ -107,9 +107,7 @@ def simulated_gradients(
 
 def _hidden(adapter: DecoderAdapter, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
     """The last hidden states of texts, and their mask."""
-    device = adapter.first_input.tokens.device
-    ids = filled(texts, 0, side="right", device=device)
-    mask = filled([[1] * len(text) for text in texts], 0, side="right", device=device)
+    ids, mask = filled_and_masked(texts, 0, device=adapter.first_input.tokens.device)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": adapter.position_ids(mask)}
     return adapter.network(**inputs, use_cache=False).last_hidden_state, mask
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dager_tutorial.models.adapter import DecoderAdapter
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV, QUERY, Tap
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.evidence import Evidence
@@ -90,8 +90,8 @@ def summed_taps(evidence: Evidence, adapter: DecoderAdapter, ends: Sequence[Tap]
         budget: What spectra may take.
     """
     blocks = range(adapter.num_blocks)
-    every = [adapter.tap(block, kind) for block in blocks for kind in (QKV, ATTENTION_OUTPUT, "MLP")]
-    silent = {(0, QKV)} | ({(blocks[-1], kind) for kind in (ATTENTION_OUTPUT, "MLP", QUERY)} if ends else set())
+    every = [adapter.tap(block, kind) for block in blocks for kind in (QKV, ATTENTION_OUTPUT, MLP)]
+    silent = {(0, QKV)} | ({(blocks[-1], kind) for kind in (ATTENTION_OUTPUT, MLP)} if ends else set())
     taps = [tap for tap in every if (tap.block, tap.kind) not in silent]
     shared = [tap for tap in taps if _speaks(evidence, tap)]
     return shared[: budget.chunk(4 * adapter.hidden_size**2)]
