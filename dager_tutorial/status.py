@@ -102,6 +102,11 @@ class Status(_Explained):
         """Whether every row of the batch is known, so that nothing is missing but, perhaps, ends."""
         return self in (Status.CERTIFIED, Status.TEXTS_COMPLETE, Status.ROWS_COMPLETE)
 
+    @property
+    def claims_all(self) -> bool:
+        """Whether nothing is said to be missing: every row is known, or every text."""
+        return self.rows_explained or self is Status.ENDS_CONFIRMED
+
 
 class Certainty(Enum):
     """How much of a text is confirmed."""

@@ -59,23 +59,27 @@ def attack(
     watch = Stopwatch()
     budget = Budget.of(config, watch.begin, progress)
     evidence = evidence_of(model, update, watch)
-    search = partial(_searched, budget=budget, config=config)
+    # Neither a step of an adapter nor a weight difference is simulated.
+    complete = config.complete and update.kind == "gradient" and not evidence.maps
+    search = partial(_searched, budget=budget, without=config.without, hand_over=complete)
     outcome = search(evidence)
-    if config.complete and not evidence.maps:  # a step of an adapter is not simulated
+    if complete:
         outcome = completed(model, update, head, evidence, search, outcome, budget)
+    if evidence.maps:
+        outcome = of_adapter(evidence, outcome)
     if update.kind == "delta":
         outcome = of_difference(outcome, unmoved(evidence.gradients, evidence.used))
     return _reconstruction(model, evidence, outcome)
 
 
-def _searched(evidence: Evidence, budget: Budget, config: AttackConfig) -> Outcome:
+def _searched(evidence: Evidence, budget: Budget, without: frozenset[str], *, hand_over: bool) -> Outcome:
     """The outcome of the search that fits the architecture, of an update or of what remains of one."""
     nothing = unreadable(evidence)
     if nothing is not None:
         return nothing
     if isinstance(evidence.adapter, DecoderAdapter):
-        return of_adapter(evidence, recover_prefixes(evidence, budget))
-    return of_adapter(evidence, recover_texts(evidence, budget, config.without, hand_over=config.complete))
+        return recover_prefixes(evidence, budget)
+    return recover_texts(evidence, budget, without, hand_over=hand_over)
 
 
 def _reconstruction(model: LanguageModel, evidence: Evidence, outcome: Outcome) -> Reconstruction:

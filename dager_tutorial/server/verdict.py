@@ -20,8 +20,6 @@ from dager_tutorial.status import Status
 
 Verdict = tuple[Status, str]
 
-_UNFINISHED = (Status.PARTIAL, Status.OUT_OF_TIME, Status.SATURATED, Status.NOISE, Status.NO_SIGNAL, Status.WRONG_MODEL)
-
 
 def unreadable(evidence: Evidence) -> Outcome | None:
     """The outcome where block 0 says nothing, so that no search can begin; None where it does say something."""
@@ -120,9 +118,7 @@ def of_leverage(ends: Ends, confirmed: int, *, late: bool) -> Verdict:
     else:
         said = f"{_of(confirmed, ends.rank)} texts confirmed by the last block"
     reason = f"about as many prefixes as there are directions, told by summed evidence alone: {said}"
-    if late:
-        return Status.OUT_OF_TIME, f"{reason} when the time budget was spent"
-    return (Status.ENDS_CONFIRMED if ends.complete else Status.SATURATED), reason
+    return _unless_late(Status.ENDS_CONFIRMED if ends.complete else Status.SATURATED, reason, late=late)
 
 
 def of_ranking(ends: Ends, confirmed: int, *, late: bool) -> Verdict:
@@ -135,9 +131,7 @@ def of_ranking(ends: Ends, confirmed: int, *, late: bool) -> Verdict:
     """
     said = f"{_of(confirmed, ends.rank)} texts confirmed by the last block" if ends.seen else "nothing confirms an end"
     reason = f"noise leaves no gap below the signal, texts are ranked by how well they fit: {said}"
-    if late:
-        return Status.OUT_OF_TIME, f"{reason} when the time budget was spent"
-    return (Status.ENDS_CONFIRMED if ends.complete else Status.PARTIAL), reason
+    return _unless_late(Status.ENDS_CONFIRMED if ends.complete else Status.PARTIAL, reason, late=late)
 
 
 def of_difference(outcome: Outcome, unmoved: float) -> Outcome:
@@ -148,7 +142,7 @@ def of_difference(outcome: Outcome, unmoved: float) -> Outcome:
         unmoved: Share of the entries that were read and did not move.
     """
     told = f"{outcome.diagnosis}; {unmoved:.0%} of the entries that were read did not move"
-    hidden = unmoved >= constants().lost_in_rounding and outcome.status in _UNFINISHED
+    hidden = unmoved >= constants().lost_in_rounding and not outcome.status.claims_all
     return replace(outcome, status=Status.BELOW_ROUNDING if hidden else outcome.status, diagnosis=told)
 
 
@@ -180,7 +174,7 @@ def of_full_texts(found: int, texts: int, *, late: bool) -> Verdict:
     reason = f"about as many rows as the model is wide: {_of(found, texts)} texts confirmed by the last block"
     if found == texts:
         return Status.ENDS_CONFIRMED, reason
-    return (Status.OUT_OF_TIME, f"{reason} when the time budget was spent") if late else (Status.SATURATED, reason)
+    return _unless_late(Status.SATURATED, reason, late=late)
 
 
 def of_adapter(evidence: Evidence, outcome: Outcome) -> Outcome:
@@ -191,11 +185,16 @@ def of_adapter(evidence: Evidence, outcome: Outcome) -> Outcome:
         outcome: What the search came to.
     """
     full = [(tap, span) for tap, span in evidence.spans.items() if span is not None and span.saturated]
-    if not evidence.maps or outcome.status is not Status.SATURATED or not full:
+    if outcome.status is not Status.SATURATED or not full:
         return outcome
     tap, span = full[0]
     numbers = f"at {tap.name} {span.rank} of the {min(span.width, span.outputs)} directions that it has are used"
     return replace(outcome, diagnosis=f"the adapter is too narrow for the batch, {numbers}: {outcome.diagnosis}")
+
+
+def _unless_late(status: Status, reason: str, *, late: bool) -> Verdict:
+    """A verdict, but for the time budget that was spent."""
+    return (Status.OUT_OF_TIME, f"{reason} when the time budget was spent") if late else (status, reason)
 
 
 def _of(rows: int, expected: int | None) -> str:

@@ -51,7 +51,7 @@ def completed(
     Returns:
         The same outcome where nothing could be completed.
     """
-    if not outcome.texts or budget.late or update.kind != "gradient":
+    if not outcome.texts or budget.late:
         return outcome
 
     def under(head: Head) -> Outcome | None:
@@ -71,12 +71,7 @@ def completed(
 
 def _doubtful(outcome: Outcome, better: Outcome) -> bool:
     """Whether a head that was named leaves much though no text is missing: the client may have had another."""
-    return _claims_all(outcome.status) and better.size is None
-
-
-def _claims_all(status: Status) -> bool:
-    """Whether a search says that it has found all."""
-    return status.rows_explained or status is Status.ENDS_CONFIRMED
+    return outcome.status.claims_all and better.size is None
 
 
 def _left(outcome: Outcome) -> float:
@@ -166,6 +161,6 @@ def _partial(first: Outcome, ledger: Ledger, unexplained: float, *, late: bool) 
     """The verdict where something is: that of the search, where it has found all."""
     number = sum(map(len, ledger.classes.values()))
     reason = f"{number} of about {ledger.size} texts are weighed; {min(unexplained, 1.0):.0%} of the update is left"
-    if _claims_all(first.status):
+    if first.status.claims_all:
         return first.status, f"{first.diagnosis}; but {reason}: it was scaled, clipped or computed in another way"
     return (Status.OUT_OF_TIME if late else Status.PARTIAL), reason
