@@ -29,7 +29,7 @@ class AttackConfig:
         without: Parts of the encoder search to leave out, for ablations: any of `PARTS`.
         stop: Asked often; once it says yes, every stage returns what it has, as when the time is spent. None for never.
         complete: Whether what the search finds is completed: weighed, taken off the update, searched again and
-            proven. It costs a little more than a step of the client.
+            proven. It costs one to two steps of the client.
 
     Raises:
         DagerError: A limit that no run can keep, or an unknown part.
