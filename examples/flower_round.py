@@ -33,7 +33,7 @@ TEXTS = [
 ]
 """What the four clients have; labels alternate."""
 
-EPOCHS, RATE = 2, 1e-4
+EPOCHS, RATE = 2, 1e-5
 
 
 def small_model(folder: Path) -> LanguageModel:

@@ -109,7 +109,11 @@ def test_a_policy_may_allow_it_and_the_mod_sees_what_mods_behind_it_do(model: La
         [failure.reason for failure in run_in_process(example.server_app(model, tmp_path), app, clients=2)]
         for app in (example.client_app(model, *mods) for mods in ((lenient,), noisy, (late,)))
     ]
-    assert reasons == [[], [], ["not sent: the audit ran out of time, and the policy allows no unfinished one"] * 2]
+    assert reasons == [
+        [],
+        [],
+        ["not sent: the audit ended without an answer (out_of_time), and the policy allows none such"] * 2,
+    ]
 
 
 def test_what_clients_send_amiss_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,8 @@ from dager_tutorial.errors import DagerError
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.status import Status
 
+_UNREAD = (Status.OUT_OF_TIME, Status.WRONG_MODEL)
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -20,8 +22,8 @@ class Policy:
         confirmed: Share of the client's texts that may be confirmed; 0: none may.
         recovered: Share that may be recovered at all, likeliest answers that nothing confirms included: they are
             often right. 1: only what is confirmed counts.
-        unfinished: Whether an update may be sent whose audit ran out of time. An audit that was cut short says what an
-            attacker finds at once, not what patience finds.
+        unread: Whether an update may be sent that the audit could not read although there is something in it: time ran
+            out, or no text fits. That says what this attack finds in this time, not what another one finds.
 
     Raises:
         DagerError: A share is not between 0 and 1.
@@ -38,7 +40,7 @@ class Policy:
 
     confirmed: float = 0.0
     recovered: float = 0.0
-    unfinished: bool = False
+    unread: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""
@@ -65,6 +67,6 @@ class Policy:
             if counted > share * total:
                 allowed = f"a share of {share:g}" if share else "none"
                 return f"{counted} of {total} texts {name} ({found.status}), and the policy allows {allowed}"
-        if found.status is Status.OUT_OF_TIME and not self.unfinished:
-            return "the audit ran out of time, and the policy allows no unfinished one"
+        if found.status in _UNREAD and not self.unread:
+            return f"the audit ended without an answer ({found.status}), and the policy allows none such"
         return None
