@@ -64,6 +64,7 @@ def test_what_is_imported_is_declared():
         "cli/picture.py": "notebooks",
         "challenges": "instructor",
         "client/adapters.py": "adapters",
+        "frameworks/nvflare.py": "nvflare",
         "frameworks/opacus.py": "opacus",
     }
     for file, distributions in IMPORTED.items():
