@@ -53,6 +53,10 @@ class Candidates:
         """Number of token-position pairs that passed (of tokens, for rotary models)."""
         return sum(len(tokens) for tokens in self.tokens)
 
+    def renamed(self, ids: Int[Tensor, " vocabulary"]) -> Candidates:
+        """The candidates of a smaller vocabulary by their usual ids (int64)."""
+        return Candidates(tuple(ids.to(each.device)[each] for each in self.tokens), self.every_position)
+
     def distinct(self) -> Int[Tensor, " tokens"]:
         """The distinct tokens (int64, sorted) that pass the filter anywhere."""
         return torch.cat(self.tokens).unique()
@@ -135,7 +139,9 @@ class _Filter:
         return self.exact.passing(places) if len(pairs) > len(self.source.tokens) else pairs
 
 
-def filter_tokens(source: FirstInput, span: Span, budget: Budget | None = None) -> Candidates:
+def filter_tokens(
+    source: FirstInput, span: Span, budget: Budget | None = None, among: Int[Tensor, " tokens"] | None = None
+) -> Candidates:
     """Test the whole vocabulary at every position against the span of block 0's attention input.
 
     Positions are visited in order until a stretch of them holds no token.
@@ -144,12 +150,15 @@ def filter_tokens(source: FirstInput, span: Span, budget: Budget | None = None) 
         source: Factors of block 0's attention input.
         span: Span of block 0's query, key and value gradient.
         budget: What it may cost: past the deadline, what was confirmed so far is returned. None for the usual one.
+        among: int64, the tokens that come into question, sorted; None for all.
 
     Returns:
         The candidates, tokens in falling order of fit at each position.
 
     See chapter `05_token_filter`.
     """
+    if among is not None:
+        return filter_tokens(source.of(among), span, budget).renamed(among)
     test = _Filter(source, span, budget or Budget())
     if source.positions is None:
         pairs = test.passing(source.tokens.new_zeros(1, source.tokens.shape[1]))

@@ -10,6 +10,7 @@ from torch import Tensor
 from dager_tutorial.models.adapter import EncoderAdapter
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY, Tap
 from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.candidates import candidates_of, named_alone
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.encoder.confirmation import Confirmer, LastConfirmer
 from dager_tutorial.server.encoder.full import FullSearch
@@ -21,7 +22,7 @@ from dager_tutorial.server.encoder.tables import Clues, FirstBlock, clues_of, fi
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import FoundText, Outcome, expected_rows
 from dager_tutorial.server.subspace import Span
-from dager_tutorial.server.token_filter import Candidates, filter_tokens
+from dager_tutorial.server.token_filter import Candidates
 from dager_tutorial.server.unmixing import Incidence, incidence, same_text, unmix
 from dager_tutorial.server.verdict import no_candidates, of_full_texts, of_texts
 from dager_tutorial.status import Certainty, Confirmation, Status
@@ -51,10 +52,10 @@ def recover_texts(
     if adapter.num_blocks < 2:
         reason = "one block holds the rows that the loss reads, not whole texts: load more blocks"
         return Outcome(Status.PARTIAL, reason)
-    if first.saturated:
+    if first.saturated and named_alone(evidence) is None:
         return Outcome(Status.SATURATED, "block 0 is full: even single tokens hide in the rank")
     with evidence.watch.stage("filter"):
-        candidates = filter_tokens(adapter.first_input, first, budget)
+        candidates = candidates_of(evidence, first, budget)
     late = budget.late
     if late or not candidates.count:
         return no_candidates(late=late, saturated=False)
