@@ -1,8 +1,7 @@
 """What the attack needs to know of an architecture.
 
 An adapter names the linear maps whose inputs the attack tests (the *taps*) and runs one block of a transformer piece by
-piece with the block's own submodules. It never copies a forward pass: what it computes is compared with the unmodified
-transformers model in the tests.
+piece with its own submodules. It never copies a forward pass: the tests compare it with the unmodified model.
 """
 
 from __future__ import annotations
