@@ -5,6 +5,8 @@ Chapter `05_token_filter`.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -36,3 +38,21 @@ def can_be_in_texts(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, " token
         return letters.isalnum() or len(cut.pre_tokenize_str(letters)) <= 1
 
     return torch.tensor([possible(name) for name in names], dtype=torch.bool, device=ids.device)
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[int, ...]:
+    """The tokens with which every text begins that begins with a prompt, whatever follows.
+
+    The prompt's last token may depend on what follows, as a word that goes on or a blank that joins the next word:
+    then it is left out.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt: The prompt.
+
+    Returns:
+        Token ids, with what the tokenizer puts before every text.
+    """
+    texts = [list(tokenizer(prompt + following)["input_ids"]) for following in ("a", " a", "1", ".", "\n")]
+    columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False))
+    return tuple(column[0] for column in columns)

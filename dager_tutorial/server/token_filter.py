@@ -13,7 +13,7 @@ component of the graph of token-position pairs passes. Nothing here assumes othe
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -35,13 +35,17 @@ class Candidates:
     Attributes:
         tokens: int64 token ids by position; rotary models have one entry that holds for every position.
         every_position: True where the one entry holds for every position.
+        prompt: Token ids with which every text begins.
     """
 
     tokens: tuple[Int[Tensor, " _"], ...]
     every_position: bool
+    prompt: tuple[int, ...] = ()
 
     def at(self, position: int) -> Int[Tensor, " here"]:
         """Token ids (int64) that may stand at a position."""
+        if position < len(self.prompt):
+            return torch.tensor([self.prompt[position]], device=self.tokens[0].device)
         if self.every_position:
             return self.tokens[0]
         if position < len(self.tokens):
@@ -57,9 +61,17 @@ class Candidates:
         """The candidates of a smaller vocabulary by their usual ids (int64)."""
         return Candidates(tuple(ids.to(each.device)[each] for each in self.tokens), self.every_position)
 
+    def beginning(self, prompt: tuple[int, ...]) -> Candidates:
+        """The candidates where every text is known to begin with some tokens."""
+        begun = replace(self, prompt=prompt)
+        if self.every_position:
+            return begun
+        length = max(len(self.tokens), len(prompt))
+        return replace(begun, tokens=tuple(begun.at(position) for position in range(length)))
+
     def distinct(self) -> Int[Tensor, " tokens"]:
         """The distinct tokens (int64, sorted) that pass the filter anywhere."""
-        return torch.cat(self.tokens).unique()
+        return torch.cat([*self.tokens, self.tokens[0].new_tensor(self.prompt)]).unique()
 
 
 class _Screen:

@@ -22,6 +22,7 @@ from dager_tutorial.server.decoder.summed.run import likely_prefixes
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import Ends, FoundText, Outcome, expected_rows
+from dager_tutorial.server.prompt import explained
 from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates
 from dager_tutorial.server.verdict import no_beginning, no_candidates, of_leverage, of_prefixes, of_ranking
@@ -62,12 +63,13 @@ class _Found:
         return Confirmation(Certainty.ROWS, tuple(self.tested)) if self.tested else Confirmation(Certainty.GUESS)
 
 
-def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
+def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...] = ()) -> Outcome:
     """Grow prefixes from the first token on, by residuals where there are any, else by the evidence of all taps.
 
     Args:
         evidence: The update's gradients, of which block 0 holds something.
         budget: What it may cost.
+        prompt: Token ids with which every text is said to begin; where the update does not hold them they are left out.
     """
     adapter = evidence.adapter
     assert isinstance(adapter, DecoderAdapter)
@@ -77,6 +79,10 @@ def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
     if not candidates.count:
         return no_candidates(late=budget.late, saturated=first.saturated)
     spans = _cascade(evidence, adapter, budget)
+    if prompt:
+        if explained(evidence, [adapter.tap(0, QKV), *spans], prompt) < len(prompt):
+            return recover_prefixes(evidence, budget)
+        candidates = candidates.beginning(prompt)
     saturated = first.saturated or any(span.saturated for span in spans.values())
     last, expected = _last(evidence, adapter, budget), expected_rows(spans.values())
     if budget.late:

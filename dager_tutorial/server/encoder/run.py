@@ -21,6 +21,7 @@ from dager_tutorial.server.encoder.seeds import without_bridges
 from dager_tutorial.server.encoder.tables import Clues, FirstBlock, clues_of, first_block
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import FoundText, Outcome, expected_rows
+from dager_tutorial.server.prompt import passing
 from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates
 from dager_tutorial.server.unmixing import Incidence, incidence, same_text, unmix
@@ -29,7 +30,12 @@ from dager_tutorial.status import Certainty, Confirmation, Status
 
 
 def recover_texts(
-    evidence: Evidence, budget: Budget, without: frozenset[str] = frozenset(), *, hand_over: bool = False
+    evidence: Evidence,
+    budget: Budget,
+    without: frozenset[str] = frozenset(),
+    *,
+    hand_over: bool = False,
+    prompt: tuple[int, ...] = (),
 ) -> Outcome:
     """Find the tokens, where they stood, and text after text by the attention of block 0.
 
@@ -40,6 +46,7 @@ def recover_texts(
         without: Parts of the search to leave out, any of `PARTS`.
         hand_over: Return as soon as texts were found and others do not follow easily, because the caller takes the
             found ones off the update and asks again.
+        prompt: Token ids with which every text is said to begin; where the update does not hold them they are left out.
 
     Returns:
         The confirmed texts, and what is known of the batch.
@@ -59,6 +66,8 @@ def recover_texts(
     late = budget.late
     if late or not candidates.count:
         return no_candidates(late=late, saturated=False)
+    if passing(candidates, prompt) == len(prompt):
+        candidates = candidates.beginning(prompt)
     with evidence.watch.stage("search"):
         return _untestable(evidence) or _searched(evidence, candidates, budget, without, hand_over=hand_over)
 
