@@ -21,6 +21,7 @@ def test_each_part_says_what_it_can_and_the_embeddings_are_not_needed(
     runs = {run.shared: run for run in bench_taps(model, [batch])}
     assert (runs["token embedding"].tokens, runs["token embedding"].extra, runs["token embedding"].exact) == (1, 0, 0)
     assert runs["all"].exact == runs["all but embeddings"].exact == runs["query, key, value"].exact == 1
+    assert runs["embeddings, attention output"].exact == runs["embeddings, MLP input"].exact == 1
     for kind in ("query, key, value", "attention output", "MLP input"):
         assert runs[kind].true_rows == 1
         assert kind == "query, key, value" or runs[kind].false_rows == 0

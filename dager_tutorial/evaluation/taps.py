@@ -110,6 +110,8 @@ def parts_of(adapter: Adapter, update: Update) -> dict[str, Gradients]:
         "norms": [name for name in body if body[name].ndim == 1 and ("ln_" in name or "norm" in name)],
         **{label: _maps(adapter, kind) for label, kind in MAPS.items()},
         "MLP output": _maps(adapter, MLP_OUTPUT),
+        "embeddings, attention output": [*embeddings, *_maps(adapter, ATTENTION_OUTPUT)],
+        "embeddings, MLP input": [*embeddings, *_maps(adapter, MLP)],
         "all but embeddings": body.keys() - set(embeddings),
         "all": body.keys(),
     }

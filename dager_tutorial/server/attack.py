@@ -15,6 +15,7 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.vocabulary import beginning
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.budget import AttackConfig, Budget, Progress
+from dager_tutorial.server.candidates import named_alone
 from dager_tutorial.server.completion.run import completed
 from dager_tutorial.server.decoder.run import recover_prefixes
 from dager_tutorial.server.drift import unmoved
@@ -79,10 +80,11 @@ def _searched(
     evidence: Evidence, budget: Budget, without: frozenset[str], *, hand_over: bool, prompt: tuple[int, ...] = ()
 ) -> Outcome:
     """The outcome of the search that fits the architecture, of an update or of what remains of one."""
+    causal = isinstance(evidence.adapter, DecoderAdapter)
     nothing = unreadable(evidence)
-    if nothing is not None:
+    if nothing is not None and not (causal and named_alone(evidence)):
         return nothing
-    if isinstance(evidence.adapter, DecoderAdapter):
+    if causal:
         return recover_prefixes(evidence, budget, prompt)
     return recover_texts(evidence, budget, without, hand_over=hand_over, prompt=prompt)
 

@@ -16,18 +16,20 @@ from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates, filter_by_leverage, filter_tokens
 
 
-def candidates_of(evidence: Evidence, first: Span, budget: Budget) -> Candidates:
-    """Tokens that may stand at each position.
+def candidates_of(evidence: Evidence, first: Span | None, budget: Budget) -> Candidates:
+    """Tokens that may stand at each position; none where nothing tells.
 
     Names are exact, but say only which tokens there are. So they go through the span test, where there is one: not
     where inputs moved, and not where the span is full.
 
     Args:
         evidence: The update's gradients.
-        first: The span of block 0's query, key and value gradient.
+        first: The span of block 0's query, key and value gradient, where it was shared.
         budget: What it may cost.
     """
     source, named = evidence.adapter.first_input, named_tokens(evidence)
+    if first is None or not first.rank:
+        return named_alone(evidence) or Candidates((source.tokens.new_empty(0).long(),), every_position=True)
     if named is not None and (evidence.drifts or first.saturated):
         positions = named_positions(evidence)
         if source.positions is None or positions is not None:

@@ -25,7 +25,7 @@ from dager_tutorial.server.outcome import Ends, FoundText, Outcome, expected_row
 from dager_tutorial.server.prompt import explained
 from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates
-from dager_tutorial.server.verdict import no_beginning, no_candidates, of_leverage, of_prefixes, of_ranking
+from dager_tutorial.server.verdict import no_beginning, no_candidates, of_leverage, of_prefixes, of_ranking, unreadable
 from dager_tutorial.status import Certainty, Confirmation, Status
 
 Spans = dict[Tap, Span]
@@ -67,23 +67,27 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     """Grow prefixes from the first token on, by residuals where there are any, else by the evidence of all taps.
 
     Args:
-        evidence: The update's gradients, of which block 0 holds something.
+        evidence: The update's gradients, of which block 0's query, key and value hold something, or whose embeddings
+            name tokens.
         budget: What it may cost.
         prompt: Token ids with which every text is said to begin; where the update does not hold them they are left out.
     """
     adapter = evidence.adapter
     assert isinstance(adapter, DecoderAdapter)
-    first = evidence.present(adapter.tap(0, QKV)).popitem()[1]
+    nothing, first = unreadable(evidence), evidence.span(adapter.tap(0, QKV))
+    full = first is not None and first.saturated
     with evidence.watch.stage("filter"):
         candidates = candidates_of(evidence, first, budget)
     if not candidates.count:
-        return no_candidates(late=budget.late, saturated=first.saturated)
+        return no_candidates(late=budget.late, saturated=full)
     spans = _cascade(evidence, adapter, budget)
+    if nothing is not None and not spans:
+        return nothing
     if prompt:
         if explained(evidence, [adapter.tap(0, QKV), *spans], prompt) < len(prompt):
             return recover_prefixes(evidence, budget)
         candidates = candidates.beginning(prompt)
-    saturated = first.saturated or any(span.saturated for span in spans.values())
+    saturated = full or any(span.saturated for span in spans.values())
     last, expected = _last(evidence, adapter, budget), expected_rows(spans.values())
     if budget.late:
         return Outcome(*no_beginning(adapter, late=True))
