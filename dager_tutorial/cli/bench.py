@@ -16,6 +16,7 @@ from dager_tutorial.cli.options import (
     OutputOptions,
     Seed,
     SeriesOptions,
+    Task,
     drawn,
     flattened,
 )
@@ -165,6 +166,33 @@ def sensitivity(
     if markdown is not None:
         output.write_text(markdown, markdown_table(runs))
     results.finish({"runs": [run.to_json() for run in runs]})
+
+
+@app.command()
+@flattened
+def taps(
+    *,
+    model: ModelOptions,
+    series: SeriesOptions,
+    task: Task = "classification",
+    markdown: Annotated[
+        Path | None, Option("--markdown", callback=output.writable, help="Write the table as Markdown.")
+    ] = None,
+    seed: Seed = 0,
+    results: OutputOptions,
+) -> None:
+    """Attack a causal model by each kind of gradient alone: embeddings, positions, head, norms, every linear map."""
+    batches, language_model = series.draw(seed), model.load()
+    from dager_tutorial.evaluation.taps import bench_taps, markdown_table
+
+    runs = []
+    with progress() as advance:
+        for run in bench_taps(language_model, batches, task=task, progress=advance):
+            runs.append(run)
+            typer.echo(f"B={run.batch_size}  seed={run.seed}  exact={run.exact:.3f}  {run.status}  {run.shared}")
+    if markdown is not None:
+        output.write_text(markdown, markdown_table(runs))
+    results.finish({"model": model.model, "task": task, "runs": [run.to_json() for run in runs]})
 
 
 def _change(run: SensitivityRun) -> str:

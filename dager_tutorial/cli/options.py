@@ -46,6 +46,7 @@ Completion = Annotated[
     bool,
     Option("--completion/--no-completion", help="Weigh, search on and prove what was found; takes a client's step."),
 ]
+Prompt = Annotated[str, Option("--prompt", help="What every text is known to begin with, as a template does.")]
 TimeBudget = Annotated[float | None, Option("--time-budget", min=0.0, help="Seconds after which the search stops.")]
 
 

@@ -21,6 +21,7 @@ from dager_tutorial.cli.options import (
     Labels,
     ModelOptions,
     OutputOptions,
+    Prompt,
     Seed,
     TimeBudget,
     TruthOptions,
@@ -79,12 +80,13 @@ def recover(
     head: HeadOptions,
     before: Before = None,
     completion: Completion = True,
+    prompt: Prompt = "",
     time_budget: TimeBudget = None,
     seed: Seed = 0,
     results: OutputOptions,
 ) -> None:
     """Play the server: recover the batch from an update file, the model and its head, and from nothing else."""
-    limits, known = _limits(seed, time_budget, completion), head.load(seed)
+    limits, known = _limits(seed, time_budget, completion, prompt), head.load(seed)
     found = _attacked(*_received(update, model, before), known, limits)
     table = display.recovered_table(found) if found.sequences else "nothing was recovered"
     results.finish(found.to_json(), display.status_lines(found), table, display.times_table(found.seconds))
@@ -120,13 +122,14 @@ def attack(
     client: ClientOptions,
     training: TrainingOptions,
     completion: Completion = True,
+    prompt: Prompt = "",
     time_budget: TimeBudget = None,
     seed: Seed = 0,
     results: OutputOptions,
 ) -> None:
     """Capture, recover and score in one go: how much would this batch give away?"""
     texts, labels = batch.draw(seed, label)
-    config, limits, language_model = client.config(seed), _limits(seed, time_budget, completion), model.load()
+    config, limits, language_model = client.config(seed), _limits(seed, time_budget, completion, prompt), model.load()
     from dager_tutorial.client.step import head_of
     from dager_tutorial.evaluation import metrics
 
@@ -165,11 +168,11 @@ def _received(path: Path, model: ModelOptions, before: Path | None) -> tuple[Lan
     return model.load(), loaded
 
 
-def _limits(seed: int, time_budget: float | None, complete: bool) -> AttackConfig:
+def _limits(seed: int, time_budget: float | None, complete: bool, prompt: str) -> AttackConfig:
     """What the attack may cost."""
     from dager_tutorial.server.budget import AttackConfig
 
-    return AttackConfig(seed=seed, time_budget=time_budget, complete=complete)
+    return AttackConfig(seed=seed, time_budget=time_budget, complete=complete, prompt=prompt)
 
 
 def _attacked(model: LanguageModel, update: Update, head: Head | None, limits: AttackConfig) -> Reconstruction:

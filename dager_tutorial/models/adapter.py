@@ -1,8 +1,7 @@
 """What the attack needs to know of an architecture.
 
-An adapter names the linear maps whose inputs the attack tests (the *taps*) and runs one block of a
-transformer piece by piece with the block's own submodules. It never copies a forward pass: what it
-computes is compared with the unmodified transformers model in the tests.
+An adapter names the linear maps whose inputs the attack tests (the *taps*) and runs one block of a transformer piece by
+piece with its own submodules. It never copies a forward pass: the tests compare it with the unmodified model.
 """
 
 from __future__ import annotations
@@ -85,6 +84,11 @@ class Adapter(ABC):
     @abstractmethod
     def first_input(self) -> FirstInput:
         """The factors of block 0's attention input."""
+
+    @property
+    @abstractmethod
+    def position_table(self) -> tuple[nn.Parameter, int] | None:
+        """The learned positions and the row that a text's first token has; None for a rotary model."""
 
     @abstractmethod
     def linear_maps(self, block: int, kind: str) -> tuple[nn.Module, ...]:

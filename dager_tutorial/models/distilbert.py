@@ -40,6 +40,11 @@ class DistilBertAdapter(EncoderAdapter):
         norm = embeddings.LayerNorm
         return FirstInput(tokens, positions, norm.weight, norm.bias, norm.eps, centred=True)
 
+    @property
+    def position_table(self) -> tuple[nn.Parameter, int]:
+        """The learned positions and the row that a text's first token has."""
+        return self.network.embeddings.position_embeddings.weight, 0
+
     def linear_maps(self, block: int, kind: str) -> tuple[nn.Module, ...]:
         """The linear modules that read the tap `kind` of a block."""
         part = self.blocks[block]

@@ -5,7 +5,7 @@ Chapter `05_token_filter`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -31,6 +31,14 @@ class FirstInput:
     bias: Float[Tensor, " width"] | None
     epsilon: float
     centred: bool
+
+    def of(self, tokens: Int[Tensor, " some"]) -> FirstInput:
+        """The factors of a smaller vocabulary.
+
+        Args:
+            tokens: int64 token ids, which the new ids index.
+        """
+        return replace(self, tokens=self.tokens[tokens.to(self.tokens.device)])
 
     def linear(self, embedding: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
         """The linear part of the norm: `gain * (u - mean(u))`."""

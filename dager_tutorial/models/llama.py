@@ -43,6 +43,11 @@ class LlamaAdapter(DecoderAdapter):
         tokens = self.network.embed_tokens.weight
         return FirstInput(tokens, None, norm.weight, None, norm.variance_epsilon, centred=False)
 
+    @property
+    def position_table(self) -> None:
+        """There is none."""
+        return None
+
     def linear_maps(self, block: int, kind: str) -> tuple[nn.Module, ...]:
         """The linear modules that read the tap `kind` of a block."""
         attention, mlp = self.blocks[block].self_attn, self.blocks[block].mlp

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dager_tutorial.models.bert import BertAdapter
 from dager_tutorial.models.first_input import FirstInput
@@ -31,6 +31,11 @@ class RobertaAdapter(BertAdapter):
         factors = super().first_input
         assert factors.positions is not None
         return replace(factors, positions=factors.positions[self.first_position :])
+
+    @property
+    def position_table(self) -> tuple[nn.Parameter, int]:
+        """The learned positions and the row that a text's first token has."""
+        return self.network.embeddings.position_embeddings.weight, self.first_position
 
     def position_ids(self, attention_mask: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
         """Positions (batch x length, int64) of the tokens of a mask, as the network counts them."""

@@ -12,15 +12,17 @@ from functools import partial
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.vocabulary import beginning
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.budget import AttackConfig, Budget, Progress
+from dager_tutorial.server.candidates import named_alone
 from dager_tutorial.server.completion.run import completed
 from dager_tutorial.server.decoder.run import recover_prefixes
 from dager_tutorial.server.drift import unmoved
 from dager_tutorial.server.encoder.run import recover_texts
 from dager_tutorial.server.evidence import Evidence, evidence_of
 from dager_tutorial.server.outcome import Outcome
-from dager_tutorial.server.verdict import of_adapter, of_difference, unreadable
+from dager_tutorial.server.verdict import of_adapter, of_difference, of_prompt, unreadable
 from dager_tutorial.stopwatch import Stopwatch, peak_memory_mb
 from dager_tutorial.update import Update
 
@@ -62,6 +64,8 @@ def attack(
     # Neither a step of an adapter nor a weight difference is simulated.
     complete = config.complete and update.kind == "gradient" and not evidence.maps
     search = partial(_searched, budget=budget, without=config.without, hand_over=complete)
+    prompt = beginning(model.tokenizer, config.prompt) if config.prompt else ()
+    search = partial(search, prompt=prompt)
     outcome = search(evidence)
     if complete:
         outcome = completed(model, update, head, evidence, search, outcome, budget)
@@ -69,17 +73,20 @@ def attack(
         outcome = of_adapter(evidence, outcome)
     if update.kind == "delta":
         outcome = of_difference(outcome, unmoved(evidence.gradients, evidence.used))
-    return _reconstruction(model, evidence, outcome)
+    return _reconstruction(model, evidence, of_prompt(outcome, prompt))
 
 
-def _searched(evidence: Evidence, budget: Budget, without: frozenset[str], *, hand_over: bool) -> Outcome:
+def _searched(
+    evidence: Evidence, budget: Budget, without: frozenset[str], *, hand_over: bool, prompt: tuple[int, ...] = ()
+) -> Outcome:
     """The outcome of the search that fits the architecture, of an update or of what remains of one."""
+    causal = isinstance(evidence.adapter, DecoderAdapter)
     nothing = unreadable(evidence)
-    if nothing is not None:
+    if nothing is not None and not (causal and named_alone(evidence)):
         return nothing
-    if isinstance(evidence.adapter, DecoderAdapter):
-        return recover_prefixes(evidence, budget)
-    return recover_texts(evidence, budget, without, hand_over=hand_over)
+    if causal:
+        return recover_prefixes(evidence, budget, prompt)
+    return recover_texts(evidence, budget, without, hand_over=hand_over, prompt=prompt)
 
 
 def _reconstruction(model: LanguageModel, evidence: Evidence, outcome: Outcome) -> Reconstruction:

@@ -30,6 +30,8 @@ class AttackConfig:
         stop: Asked often; once it says yes, every stage returns what it has, as when the time is spent. None for never.
         complete: Whether what the search finds is completed: weighed, taken off the update, searched again and
             proven. It costs one to two steps of the client.
+        prompt: What every text is known to begin with, as the template of an instruction. Where the update does not
+            hold it the diagnosis says so, and the search goes on without it.
 
     Raises:
         DagerError: A limit that no run can keep, or an unknown part.
@@ -45,6 +47,7 @@ class AttackConfig:
     without: frozenset[str] = frozenset()
     stop: Callable[[], bool] | None = None
     complete: bool = True
+    prompt: str = ""
 
     def __post_init__(self) -> None:
         """Refuse budgets that no run can keep."""

@@ -64,6 +64,9 @@ class Constants:
     row_rounding: float = _constant(
         1e-4, "share of a usual row of the embedding gradient below which it is rounding", "numerics"
     )
+    fewest_entries: int = _constant(
+        8, "entries of an embedding's row that are not zero, lest other rows were lost whole", "statistics"
+    )
     # Weight differences (chapter `11_limits`)
     drift_length: int = _constant(12, "tokens of each random text on which drift is measured", "cost")
     drift_share: float = _constant(

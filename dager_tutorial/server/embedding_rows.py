@@ -7,7 +7,7 @@ a loss over the vocabulary gives every token a row, and nothing is read off it.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dager_tutorial.server.constants import constants
@@ -16,15 +16,23 @@ from dager_tutorial.server.token_filter import Candidates
 
 
 def named_tokens(evidence: Evidence) -> Int[Tensor, " tokens"] | None:
-    """The tokens whose rows of the embedding gradient stand out.
+    """The tokens whose rows of the embedding gradient are not zero.
 
     Args:
         evidence: The update's gradients.
 
     Returns:
-        int64, sorted; None where the gradient was not shared or names no tokens.
+        int64, sorted, with the one token whose row never moves where there is one; None where the gradient was not
+        shared or names no tokens.
     """
-    return _named(evidence, evidence.adapter.first_input.tokens)
+    tokens = evidence.adapter.first_input.tokens
+    named = _named(evidence, tokens)
+    # More than half of a vocabulary is in no batch: every row moved, by noise, by weight decay, or as an output map's.
+    if named is None or 2 * len(named) > len(tokens):
+        return None
+    silent = evidence.adapter.network.get_input_embeddings().padding_idx
+    # PyTorch keeps the gradient of this row at zero, whatever the texts hold.
+    return named if silent is None else torch.cat([named, named.new_tensor([silent])]).unique()
 
 
 def named_positions(evidence: Evidence) -> int | None:
@@ -36,22 +44,29 @@ def named_positions(evidence: Evidence) -> int | None:
     Returns:
         None where the model has none, or their gradient was not shared or names none.
     """
-    positions = evidence.adapter.first_input.positions
-    named = None if positions is None else _named(evidence, positions)
-    return None if named is None else int(named[-1]) + 1
+    table = evidence.adapter.position_table
+    named = None if table is None else _named(evidence, table[0])
+    if table is None or named is None or len(named) == len(table[0]):
+        return None
+    return int(named[-1]) + 1 - table[1]
 
 
 def _named(evidence: Evidence, table: Tensor) -> Tensor | None:
-    """The rows of an embedding's gradient that stand out."""
+    """The rows of an embedding's gradient that are not zero; None where none is, or some may have become zero."""
     names = (name for name, each in evidence.adapter.network.named_parameters() if each is table)
     gradient = evidence.gradients.get(next(names, ""))
     if gradient is None:
         return None
     sizes = gradient.float().norm(dim=1)
-    if bool(sizes.max() == 0) or 2 * int((sizes > 0).sum()) > len(sizes):
-        return None
-    # What was subtracted from a gradient leaves rounding where a row was.
-    return (sizes > constants().row_rounding * sizes[sizes > 0].median()).nonzero()[:, 0]
+    # What was subtracted from a gradient leaves rounding where a row was; nothing else does.
+    least = constants().row_rounding * sizes[sizes > 0].median() if evidence.is_remainder and bool(sizes.any()) else 0.0
+    named = (sizes > least).nonzero()[:, 0]
+    return named if len(named) and _whole(gradient[named]) else None
+
+
+def _whole(rows: Float[Tensor, "rows width"]) -> bool:
+    """Whether no row can have been lost to small numbers that were set to zero: then others would be nearly empty."""
+    return int((rows != 0).sum(1).min()) >= min(constants().fewest_entries, rows.shape[1])
 
 
 def among(candidates: Candidates, tokens: Int[Tensor, " tokens"]) -> Candidates:

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.adapter import Adapter
@@ -44,6 +45,8 @@ class Evidence:
         spans: What was read, None where nothing was shared or all is zero.
         rounding: How many times larger the errors of the gradients are than those of storing them, at least.
         drifts: How far the client's steps moved the inputs of taps, relative; empty for a gradient.
+        tokenizer: The model's, which knows tokens that no text can have; None where it is not known.
+        is_remainder: Whether known texts were taken off the gradients.
     """
 
     adapter: Adapter
@@ -54,6 +57,8 @@ class Evidence:
     spans: dict[Tap, Span | None] = field(default_factory=dict)
     rounding: float = 1.0
     drifts: Mapping[Tap, float] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    is_remainder: bool = False
     _errors: dict[Tap, float] = field(default_factory=dict)
     _usual: dict[Tap, Usual] = field(default_factory=dict)
 
@@ -162,6 +167,8 @@ class Evidence:
             self.maps,
             rounding=rounding,
             drifts=self.drifts,
+            tokenizer=self.tokenizer,
+            is_remainder=True,
             _errors=self._errors,
         )
 
@@ -204,11 +211,12 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
     if first:
         kinds.append(_narrowest(torch.cat([precise(each).flatten() for each in first])))
     coarsest = max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
-    evidence = Evidence(adapter, gradients, coarsest, watch or Stopwatch(), model.adapter if adapted else {})
+    maps = model.adapter if adapted else {}
+    evidence = Evidence(adapter, gradients, coarsest, watch or Stopwatch(), maps, tokenizer=model.tokenizer)
     if update.kind != "delta" or adapted or _of_one_step(evidence):
         return evidence
     between, drifts = halfway(adapter, gradients)
-    return Evidence(between, gradients, coarsest, evidence.watch, drifts=drifts)
+    return Evidence(between, gradients, coarsest, evidence.watch, drifts=drifts, tokenizer=model.tokenizer)
 
 
 def _of_one_step(evidence: Evidence) -> bool:

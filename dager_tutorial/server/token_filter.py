@@ -13,7 +13,7 @@ component of the graph of token-position pairs passes. Nothing here assumes othe
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -35,13 +35,17 @@ class Candidates:
     Attributes:
         tokens: int64 token ids by position; rotary models have one entry that holds for every position.
         every_position: True where the one entry holds for every position.
+        prompt: Token ids with which every text begins.
     """
 
     tokens: tuple[Int[Tensor, " _"], ...]
     every_position: bool
+    prompt: tuple[int, ...] = ()
 
     def at(self, position: int) -> Int[Tensor, " here"]:
         """Token ids (int64) that may stand at a position."""
+        if position < len(self.prompt):
+            return torch.tensor([self.prompt[position]], device=self.tokens[0].device)
         if self.every_position:
             return self.tokens[0]
         if position < len(self.tokens):
@@ -53,9 +57,21 @@ class Candidates:
         """Number of token-position pairs that passed (of tokens, for rotary models)."""
         return sum(len(tokens) for tokens in self.tokens)
 
+    def renamed(self, ids: Int[Tensor, " vocabulary"]) -> Candidates:
+        """The candidates of a smaller vocabulary by their usual ids (int64)."""
+        return Candidates(tuple(ids.to(each.device)[each] for each in self.tokens), self.every_position)
+
+    def beginning(self, prompt: tuple[int, ...]) -> Candidates:
+        """The candidates where every text is known to begin with some tokens."""
+        begun = replace(self, prompt=prompt)
+        if self.every_position:
+            return begun
+        length = max(len(self.tokens), len(prompt))
+        return replace(begun, tokens=tuple(begun.at(position) for position in range(length)))
+
     def distinct(self) -> Int[Tensor, " tokens"]:
         """The distinct tokens (int64, sorted) that pass the filter anywhere."""
-        return torch.cat(self.tokens).unique()
+        return torch.cat([*self.tokens, self.tokens[0].new_tensor(self.prompt)]).unique()
 
 
 class _Screen:
@@ -135,7 +151,9 @@ class _Filter:
         return self.exact.passing(places) if len(pairs) > len(self.source.tokens) else pairs
 
 
-def filter_tokens(source: FirstInput, span: Span, budget: Budget | None = None) -> Candidates:
+def filter_tokens(
+    source: FirstInput, span: Span, budget: Budget | None = None, among: Int[Tensor, " tokens"] | None = None
+) -> Candidates:
     """Test the whole vocabulary at every position against the span of block 0's attention input.
 
     Positions are visited in order until a stretch of them holds no token.
@@ -144,12 +162,15 @@ def filter_tokens(source: FirstInput, span: Span, budget: Budget | None = None) 
         source: Factors of block 0's attention input.
         span: Span of block 0's query, key and value gradient.
         budget: What it may cost: past the deadline, what was confirmed so far is returned. None for the usual one.
+        among: int64, the tokens that come into question, sorted; None for all.
 
     Returns:
         The candidates, tokens in falling order of fit at each position.
 
     See chapter `05_token_filter`.
     """
+    if among is not None:
+        return filter_tokens(source.of(among), span, budget).renamed(among)
     test = _Filter(source, span, budget or Budget())
     if source.positions is None:
         pairs = test.passing(source.tokens.new_zeros(1, source.tokens.shape[1]))

@@ -146,6 +146,20 @@ def of_difference(outcome: Outcome, unmoved: float) -> Outcome:
     return replace(outcome, status=Status.BELOW_ROUNDING if hidden else outcome.status, diagnosis=told)
 
 
+def of_prompt(outcome: Outcome, prompt: tuple[int, ...]) -> Outcome:
+    """What a search came to, and whether the texts begin as they were said to.
+
+    Args:
+        outcome: What the search came to.
+        prompt: Token ids with which every text was said to begin; none where nothing was said.
+    """
+    stray = sum(text.tokens[: len(prompt)] != prompt for text in outcome.texts)
+    if not prompt or (outcome.texts and not stray):
+        return outcome
+    said = f"{stray} of {len(outcome.texts)} texts do not begin" if outcome.texts else "no text was found that begins"
+    return replace(outcome, diagnosis=f"{outcome.diagnosis}; {said} with the prompt")
+
+
 def of_texts(rows: int, expected: int | None, *, late: bool) -> Verdict:
     """The verdict on an encoder's whole texts, from the rows they explain and those that a rank tells.
 

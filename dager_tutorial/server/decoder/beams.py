@@ -33,7 +33,7 @@ class _Row:
     Attributes:
         parent: Index of the row before, or None.
         token: Its id.
-        root: The text's first token.
+        root: The text's first token, behind its prompt.
         position: Where it stands.
         evidence: By how many deviations it fits better than false ones.
         total: The same, summed along the prefix.
@@ -118,12 +118,14 @@ class BeamSearch:
         """The row of a pair."""
         place, choice = pair
         token = int(extension.tokens[choice])
-        strong = evidence >= self._needed(len(extension.tokens))
+        prompted = len(self.candidates.prompt)
+        strong = extension.position < prompted or evidence >= self._needed(len(extension.tokens))
         if place < 0:
             return _Row(None, token, token, extension.position, evidence, evidence, 0)
         before = self.rows[front.nodes[place]]
         weak = 0 if strong else before.weak + 1
-        return _Row(front.nodes[place], token, before.root, extension.position, evidence, before.total + evidence, weak)
+        root = token if extension.position == prompted else before.root  # a prompt is the first token of all
+        return _Row(front.nodes[place], token, root, extension.position, evidence, before.total + evidence, weak)
 
     def _kept(self, pairs: Int[Tensor, "pairs 2"], evidence: Float[Tensor, " pairs"], made: list[_Row]) -> list[int]:
         """Pairs that stand out among all and rival their prefix's best, and the best of each first token."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, QUERY, Tap
 from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.candidates import candidates_of
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.beams import BeamSearch
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
@@ -19,12 +20,12 @@ from dager_tutorial.server.decoder.residual import ResidualSelector
 from dager_tutorial.server.decoder.search import TreeSearch
 from dager_tutorial.server.decoder.summed.run import likely_prefixes
 from dager_tutorial.server.decoder.tree import Tree
-from dager_tutorial.server.embedding_rows import among, anywhere, named_positions, named_tokens
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import Ends, FoundText, Outcome, expected_rows
+from dager_tutorial.server.prompt import explained
 from dager_tutorial.server.subspace import Span
-from dager_tutorial.server.token_filter import Candidates, filter_by_leverage, filter_tokens
-from dager_tutorial.server.verdict import no_beginning, no_candidates, of_leverage, of_prefixes, of_ranking
+from dager_tutorial.server.token_filter import Candidates
+from dager_tutorial.server.verdict import no_beginning, no_candidates, of_leverage, of_prefixes, of_ranking, unreadable
 from dager_tutorial.status import Certainty, Confirmation, Status
 
 Spans = dict[Tap, Span]
@@ -62,21 +63,31 @@ class _Found:
         return Confirmation(Certainty.ROWS, tuple(self.tested)) if self.tested else Confirmation(Certainty.GUESS)
 
 
-def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
+def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...] = ()) -> Outcome:
     """Grow prefixes from the first token on, by residuals where there are any, else by the evidence of all taps.
 
     Args:
-        evidence: The update's gradients, of which block 0 holds something.
+        evidence: The update's gradients, of which block 0's query, key and value hold something, or whose embeddings
+            name tokens.
         budget: What it may cost.
+        prompt: Token ids with which every text is said to begin; where the update does not hold them they are left out.
     """
     adapter = evidence.adapter
     assert isinstance(adapter, DecoderAdapter)
-    first = evidence.present(adapter.tap(0, QKV)).popitem()[1]
-    candidates = _candidates(evidence, first, budget)
+    nothing, first = unreadable(evidence), evidence.span(adapter.tap(0, QKV))
+    full = first is not None and first.saturated
+    with evidence.watch.stage("filter"):
+        candidates = candidates_of(evidence, first, budget)
     if not candidates.count:
-        return no_candidates(late=budget.late, saturated=first.saturated)
+        return no_candidates(late=budget.late, saturated=full)
     spans = _cascade(evidence, adapter, budget)
-    saturated = first.saturated or any(span.saturated for span in spans.values())
+    if nothing is not None and not spans:
+        return nothing
+    if prompt:
+        if explained(evidence, [adapter.tap(0, QKV), *spans], prompt) < len(prompt):
+            return recover_prefixes(evidence, budget)
+        candidates = candidates.beginning(prompt)
+    saturated = full or any(span.saturated for span in spans.values())
     last, expected = _last(evidence, adapter, budget), expected_rows(spans.values())
     if budget.late:
         return Outcome(*no_beginning(adapter, late=True))
@@ -106,19 +117,6 @@ def _proven(evidence: Evidence, adapter: DecoderAdapter, found: _Found, expected
         alone = evidence.shared(every) <= queries < set(every.parameters)
         return found.outcome(*no_beginning(adapter, late=late, queries=alone))
     return found.outcome(*of_prefixes(found.tree.distinct_rows(), expected, found.ends, late=late))
-
-
-def _candidates(evidence: Evidence, first: Span, budget: Budget) -> Candidates:
-    """Tokens that may stand at each position."""
-    with evidence.watch.stage("filter"):
-        named = named_tokens(evidence)
-        if named is not None and evidence.drifts:  # names are exact, and a test of inputs that moved is not
-            positions = named_positions(evidence)
-            if evidence.adapter.first_input.positions is None or positions is not None:
-                return anywhere(named, positions)
-        wanted = filter_by_leverage if first.saturated else filter_tokens
-        found = wanted(evidence.adapter.first_input, first, budget)
-        return found if named is None else among(found, named)
 
 
 def _by_residual(adapter: DecoderAdapter, spans: Spans, candidates: Candidates, budget: Budget) -> Tree:

@@ -84,7 +84,7 @@ class TreeSearch:
             return block.empty()
         extension = (
             block.placed(self._everywhere, position)
-            if self.candidates.every_position
+            if self.candidates.every_position and position >= len(self.candidates.prompt)
             else block.extension(position, tokens)
         )
         chosen = self._best(self.selector.select(front, extension))
@@ -103,7 +103,7 @@ class TreeSearch:
     @cached_property
     def _everywhere(self) -> Extension:
         """The candidates of every position, before any rotation: computed once."""
-        return self.selector.block.unplaced(self.candidates.at(0))
+        return self.selector.block.unplaced(self.candidates.tokens[0])
 
     def _best(self, chosen: Chosen) -> Chosen:
         """As many of the chosen as there can be, the best, in their order."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from dager_tutorial.models.adapter import EncoderAdapter
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY, Tap
 from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.candidates import candidates_of, named_alone
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.encoder.confirmation import Confirmer, LastConfirmer
 from dager_tutorial.server.encoder.full import FullSearch
@@ -20,15 +21,21 @@ from dager_tutorial.server.encoder.seeds import without_bridges
 from dager_tutorial.server.encoder.tables import Clues, FirstBlock, clues_of, first_block
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import FoundText, Outcome, expected_rows
+from dager_tutorial.server.prompt import passing
 from dager_tutorial.server.subspace import Span
-from dager_tutorial.server.token_filter import Candidates, filter_tokens
+from dager_tutorial.server.token_filter import Candidates
 from dager_tutorial.server.unmixing import Incidence, incidence, same_text, unmix
 from dager_tutorial.server.verdict import no_candidates, of_full_texts, of_texts
 from dager_tutorial.status import Certainty, Confirmation, Status
 
 
 def recover_texts(
-    evidence: Evidence, budget: Budget, without: frozenset[str] = frozenset(), *, hand_over: bool = False
+    evidence: Evidence,
+    budget: Budget,
+    without: frozenset[str] = frozenset(),
+    *,
+    hand_over: bool = False,
+    prompt: tuple[int, ...] = (),
 ) -> Outcome:
     """Find the tokens, where they stood, and text after text by the attention of block 0.
 
@@ -39,6 +46,7 @@ def recover_texts(
         without: Parts of the search to leave out, any of `PARTS`.
         hand_over: Return as soon as texts were found and others do not follow easily, because the caller takes the
             found ones off the update and asks again.
+        prompt: Token ids with which every text is said to begin; where the update does not hold them they are left out.
 
     Returns:
         The confirmed texts, and what is known of the batch.
@@ -51,13 +59,15 @@ def recover_texts(
     if adapter.num_blocks < 2:
         reason = "one block holds the rows that the loss reads, not whole texts: load more blocks"
         return Outcome(Status.PARTIAL, reason)
-    if first.saturated:
+    if first.saturated and named_alone(evidence) is None:
         return Outcome(Status.SATURATED, "block 0 is full: even single tokens hide in the rank")
     with evidence.watch.stage("filter"):
-        candidates = filter_tokens(adapter.first_input, first, budget)
+        candidates = candidates_of(evidence, first, budget)
     late = budget.late
     if late or not candidates.count:
         return no_candidates(late=late, saturated=False)
+    if passing(candidates, prompt) == len(prompt):
+        candidates = candidates.beginning(prompt)
     with evidence.watch.stage("search"):
         return _untestable(evidence) or _searched(evidence, candidates, budget, without, hand_over=hand_over)
 

@@ -5,6 +5,7 @@ Chapter `08_encoder_recovery`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -107,14 +108,14 @@ def overlapping(texts: Collection[Text]) -> Iterator[Seed]:
 
 
 def known_tokens(clues: Clues, seed: Seed) -> dict[int, int]:
-    """Position to token: the seed, and the token that begins every text where there is just one.
+    """Position to token: the seed, and the tokens that begin every text where there is just one at each position.
 
     Args:
         clues: What block 0 says of the pairs.
         seed: The seed.
     """
-    first = clues.wide[0].nonzero()[:, 0].tolist()
-    return dict([seed.pair]) | ({0: first[0]} if len(first) == 1 else {})
+    begin = itertools.takewhile(lambda place: int(clues.wide[place].sum()) == 1, range(len(clues.wide)))
+    return dict([seed.pair]) | {place: int(clues.wide[place].nonzero()[0, 0]) for place in begin}
 
 
 def companions(clues: Clues, seed: Seed) -> dict[int, int]:

@@ -147,6 +147,8 @@ class SummedSearch:
         doubtful = 0 if self.goal.end is None else max(0, self.goal.texts - len(found.ends))
         chosen = _best(odds, constants().widest, -constants().doubtful_odds)
         chosen = torch.cat([chosen[:doubtful], _above(odds, chosen[doubtful:], constants().least_odds)])
+        if position < len(self.candidates.prompt):
+            odds, chosen = torch.full_like(odds, math.inf), torch.arange(len(odds), device=odds.device)
         kept = rows.take(chosen)
         return Front(tuple(_names(front, kept)), odds[chosen], self.passage.grown(front.cache, kept))
 
