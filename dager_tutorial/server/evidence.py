@@ -72,7 +72,14 @@ class Evidence:
         device = self.adapter.first_input.tokens.device
         arithmetic, guess = self.arithmetic(tap), self._guess(tap)
         read = partial(span_of, precision=epsilon, arithmetic=arithmetic, device=device, guess=guess)
-        return low_rank_span(tap, self.gradients, self.maps, read) if gradient is None else read(gradient)
+        if gradient is None:
+            return low_rank_span(tap, self.gradients, self.maps, read)
+        return read(gradient, shared=self._bias(tap))
+
+    def _bias(self, tap: Tap) -> Tensor | None:
+        """What every input of block 0's attention has in common; None elsewhere, and where that is nothing."""
+        bias = self.adapter.first_input.bias if tap.block == 0 and tap.kind in (QKV, QUERY) else None
+        return bias if bias is not None and bool(bias.any()) else None
 
     def _guess(self, tap: Tap) -> int:
         """About how many rows a tap has: as many as others before it, but for the last block's, which has few."""
