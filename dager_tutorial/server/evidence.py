@@ -19,9 +19,9 @@ from dager_tutorial.models.adapter import Adapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.low_rank import LowRankMaps
 from dager_tutorial.models.tap import MLP, QKV, QUERY, Tap, precise
-from dager_tutorial.server.adapter_reading import adapter_gradients, adapter_names, low_rank_span
+from dager_tutorial.server.adapter_reading import adapter_gradients, adapter_names, low_rank_span, stacked_downs
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.drift import halfway
+from dager_tutorial.server.drift import halfway, undecayed
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
 from dager_tutorial.server.reading import span_of
 from dager_tutorial.server.rounding import probe, rounding_errors
@@ -75,6 +75,10 @@ class Evidence:
         if gradient is None:
             return low_rank_span(tap, self.gradients, self.maps, read)
         return read(gradient, shared=self._bias(tap))
+
+    def of_downs(self, tap: Tap) -> Float[Tensor, "outputs inputs"] | None:
+        """The gradients (float64) of an adapter's A at a tap, stacked; None where nothing of them was shared."""
+        return stacked_downs(tap, self.gradients, self.maps)
 
     def _bias(self, tap: Tap) -> Tensor | None:
         """What every input of block 0's attention has in common; None elsewhere, and where that is nothing."""
@@ -206,6 +210,8 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
     own = adapted or update.for_backbone(model.network)
     gradients = {name: tensor.to(model.device) for name, tensor in own.items()}
     kinds = [tensor.dtype for tensor in gradients.values()]
+    if update.kind == "delta":
+        gradients |= _without_decay(adapter, gradients)
     weights = adapter.tap(0, QKV).parameters
     first = [gradients[name] for each in weights for name in (each, *adapter_names(each)) if name in gradients]
     if first:
@@ -216,6 +222,13 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
         return evidence
     between, drifts = halfway(adapter, gradients)
     return Evidence(between, gradients, coarsest, evidence.watch, drifts=drifts)
+
+
+def _without_decay(adapter: Adapter, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The differences of the embeddings' tables, without weight decay."""
+    source, own = adapter.first_input, adapter.network.named_parameters()
+    tables = {name: each for name, each in own if each is source.tokens or each is source.positions}
+    return {name: undecayed(table, delta[name]) for name, table in tables.items() if name in delta}
 
 
 def _of_one_step(evidence: Evidence) -> bool:

@@ -14,6 +14,7 @@ from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.beams import BeamSearch
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
 from dager_tutorial.server.decoder.front import FirstBlock
+from dager_tutorial.server.decoder.narrow.run import text_that_explains
 from dager_tutorial.server.decoder.ranking import Ranking
 from dager_tutorial.server.decoder.residual import ResidualSelector
 from dager_tutorial.server.decoder.search import TreeSearch
@@ -24,7 +25,14 @@ from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import Ends, FoundText, Outcome, expected_rows
 from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates, filter_by_leverage, filter_tokens
-from dager_tutorial.server.verdict import no_beginning, no_candidates, of_leverage, of_prefixes, of_ranking
+from dager_tutorial.server.verdict import (
+    no_beginning,
+    no_candidates,
+    of_leverage,
+    of_prefixes,
+    of_ranking,
+    unexplained,
+)
 from dager_tutorial.status import Certainty, Confirmation, Status
 
 Spans = dict[Tap, Span]
@@ -72,6 +80,10 @@ def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
     adapter = evidence.adapter
     assert isinstance(adapter, DecoderAdapter)
     first = evidence.present(adapter.tap(0, QKV)).popitem()[1]
+    if evidence.maps:
+        narrow = _of_narrow_adapter(evidence, adapter, first, budget)
+        if narrow is not None:
+            return narrow
     candidates = _candidates(evidence, first, budget)
     if not candidates.count:
         return no_candidates(late=budget.late, saturated=first.saturated)
@@ -97,6 +109,26 @@ def recover_prefixes(evidence: Evidence, budget: Budget) -> Outcome:
     likely = _likeliest(found)
     confirmed = len(likely.texts.confirmed)
     return likely.outcome(*of_leverage(likely.ends, confirmed, late=budget.late))
+
+
+def _of_narrow_adapter(evidence: Evidence, adapter: DecoderAdapter, first: Span, budget: Budget) -> Outcome | None:
+    """The outcome where a trained adapter is too narrow for the rows of one text; None where that is not the case."""
+    full = first.saturated or any(span.saturated for span in _cascade(evidence, adapter, budget).values())
+    last = _last(evidence, adapter, budget)
+    if not full or max((span.rank for span in last.values()), default=0) != 1:
+        return None
+    silent = {(adapter.num_blocks - 1, kind) for kind in (ATTENTION_OUTPUT, MLP)}
+    taps = [tap for tap in adapter.taps() if (tap.block, tap.kind) not in silent]
+    with evidence.watch.stage("search"):
+        found = text_that_explains(evidence, adapter, taps, budget)
+        if found is None or not found[0]:
+            return None
+        tree = Tree.of(found[0], rotary=adapter.first_input.positions is None)
+        texts = whole_texts(adapter, tree, last, complete=found[1])
+    if not found[1]:
+        return _Found(tree, texts, {}, last).outcome(*unexplained(late=budget.late))
+    explained = _Found(tree, texts, evidence.present(*taps), last)
+    return explained.outcome(*of_prefixes(len(tree.real()), len(tree.real()), explained.ends, late=False))
 
 
 def _proven(evidence: Evidence, adapter: DecoderAdapter, found: _Found, expected: int | None, *, late: bool) -> Outcome:
