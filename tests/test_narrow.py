@@ -18,7 +18,7 @@ TEXT = "we listen to the old river and my father never knew her"
 
 
 def narrow(model: LanguageModel, steps: int = 2) -> LanguageModel:
-    return hand_out(model, LoraConfig(rank=4, steps=steps), texts=PUBLIC)
+    return hand_out(model, LoraConfig(rank=6, steps=steps), texts=PUBLIC)
 
 
 def test_rows_explain_directions_that_none_of_them_lies_in() -> None:
@@ -41,7 +41,7 @@ def test_rows_explain_directions_that_none_of_them_lies_in() -> None:
 
 
 @every("tiny_gpt2", "tiny_llama")
-def test_one_text_comes_back_from_four_directions_a_tap(model: LanguageModel) -> None:
+def test_one_text_comes_back_from_fewer_directions_than_it_has_rows(model: LanguageModel) -> None:
     known = narrow(model)
     found = attack(known, client_update(known, [TEXT]))
     assert set(found.sequences) == truth(model, [TEXT])

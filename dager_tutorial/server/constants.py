@@ -119,6 +119,8 @@ class Constants:
     whitening_texts: int = _constant(128, "random texts that tell which directions rows share anyway", "statistics")
     whitening_ridge: float = _constant(0.02, "share of the mean variance that every direction has at least", "numerics")
     narrow_tokens: int = _constant(2048, "tokens for each position that may begin to explain an adapter", "cost")
+    narrow_screened: int = _constant(64, "extensions of each prefix that go on behind block 0's first tap", "cost")
+    narrow_beam: int = _constant(32, "prefixes of one length that are kept", "cost")
     rows_a_direction: int = _constant(8, "rows for each direction of a tap up to which a text is followed", "cost")
     nothing_new: float = _constant(1e-4, "share of a row that rounding may leave outside earlier ones", "numerics")
     # Completion

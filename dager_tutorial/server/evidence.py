@@ -81,9 +81,11 @@ class Evidence:
         return stacked_downs(tap, self.gradients, self.maps)
 
     def _bias(self, tap: Tap) -> Tensor | None:
-        """What every input of block 0's attention has in common; None elsewhere, and where that is nothing."""
-        bias = self.adapter.first_input.bias if tap.block == 0 and tap.kind in (QKV, QUERY) else None
-        return bias if bias is not None and bool(bias.any()) else None
+        """What every input of block 0's attention has in common, over its length; None elsewhere, and where nothing."""
+        source = self.adapter.first_input
+        if source.bias is None or tap.block or tap.kind not in (QKV, QUERY) or not bool(source.bias.any()):
+            return None
+        return source.bias / source.gain.norm()
 
     def _guess(self, tap: Tap) -> int:
         """About how many rows a tap has: as many as others before it, but for the last block's, which has few."""
@@ -226,9 +228,9 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
 
 def _without_decay(adapter: Adapter, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The differences of the embeddings' tables, without weight decay."""
-    source, own = adapter.first_input, adapter.network.named_parameters()
-    tables = {name: each for name, each in own if each is source.tokens or each is source.positions}
-    return {name: undecayed(table, delta[name]) for name, table in tables.items() if name in delta}
+    source, own = adapter.first_input, dict(adapter.network.named_parameters())
+    names = [name for name, each in own.items() if each is source.tokens or each is source.positions]
+    return {name: undecayed(own[name].detach(), delta[name]) for name in names if name in delta}
 
 
 def _of_one_step(evidence: Evidence) -> bool:

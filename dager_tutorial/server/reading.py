@@ -36,8 +36,8 @@ def span_of(
         arithmetic: Relative rounding error of the vectors that will be tested.
         device: Where vectors will be tested; None for the gradient's own device.
         guess: About how many directions the signal may have, where something is known: it costs time if wrong.
-        shared: A vector that is a part of every input and known beforehand, such as the bias of a norm. It belongs to
-            the span, even where too weak to be seen in the gradient.
+        shared: A vector that is a part of every input and known beforehand, the bias of a norm, in units of an input's
+            length. It may belong to the span where it is too weak to be seen in the gradient.
 
     Returns:
         The span, or None where the gradient is zero.
@@ -69,8 +69,7 @@ def _with_shared(span: Span, matrix: Tensor, shared: Tensor, precision: float) -
     Inputs may depend on each other but for their bias: `(t + p) s + b` of tokens and positions that close a cycle. The
     direction that this adds is as weak as the bias is short, and rows on the cycle would be turned away without it.
     """
-    device = span.device or span.signal.device
-    if not span.rank or span.saturated or bool(span.holds(shared.float()[None].to(device))):
+    if not span.rank or span.saturated or _visible(span, shared):
         return span
     unit = shared / shared.norm()
     rest = matrix - (matrix @ unit)[:, None] * unit
@@ -79,6 +78,15 @@ def _with_shared(span: Span, matrix: Tensor, shared: Tensor, precision: float) -
     signal, strengths = torch.cat([unit[:, None], found.directions], 1), torch.cat([strongest, found.values])
     rest = torch.cat([rest, strongest * unit[None]])
     return Span(signal, strengths, found.tail, len(rest), span.arithmetic, span.device, matrix=rest)
+
+
+def _visible(span: Span, shared: Tensor) -> bool:
+    """Whether a shared direction lies in the span, or would if it belonged there.
+
+    As strong as the weakest, and shorter by its own length and by what is left of it on a cycle, it would stand clear.
+    """
+    clear = shared.norm() * span.strengths[-1] >= constants().clear_gap ** 2 * span.tail.largest
+    return bool(clear) or bool(span.holds(shared.float()[None].to(span.device or span.signal.device)))
 
 
 def _evened(gradient: Tensor, precision: float, otherwise: Tensor) -> Tensor:

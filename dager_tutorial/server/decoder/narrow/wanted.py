@@ -4,6 +4,9 @@ A trained adapter of rank r sends r combinations of the vectors that enter a map
 none of them lies in that span. But the span lies in theirs: every true row explains a part of it, about r / n of its
 own length where a false one explains r / width, and when the last of the n rows is known nothing is left.
 
+The keys of a fresh adapter are such rows, too: what B sends of a head's queries is a combination of that head's keys,
+`dL/dq_i = sum_j c_ij k_j`, in as many ways as the adapter has ranks.
+
 Rows of a network share most of their directions whatever the text says. All is therefore seen in coordinates in which
 rows of random texts are alike in all directions; whether a span lies in another does not depend on that.
 """
@@ -27,28 +30,35 @@ class Wanted:
 
     Attributes:
         directions: float32, orthonormal rows, in whitened coordinates.
-        whitening: float32, symmetric: what vectors are multiplied by first.
+        whitening: float32: what vectors are multiplied by first, to whiten them or what a map makes of them.
     """
 
-    directions: Float[Tensor, "wanted inputs"]
-    whitening: Float[Tensor, "inputs inputs"]
+    directions: Float[Tensor, "wanted seen"]
+    whitening: Float[Tensor, "inputs seen"]
 
     @classmethod
     def of(
-        cls, gradient: Float[Tensor, "outputs inputs"], usual: Float[Tensor, "sample inputs"], precision: float
+        cls,
+        gradient: Float[Tensor, "outputs seen"],
+        usual: Float[Tensor, "sample inputs"],
+        precision: float,
+        through: Float[Tensor, "inputs seen"] | None = None,
     ) -> Wanted:
         """Read the directions off a gradient.
 
         Args:
-            gradient: float64, each row a combination of the tap's input vectors.
+            gradient: float64, each row a combination of the tap's input vectors, or of what a map makes of them.
             usual: Vectors of random texts at the tap.
             precision: Machine epsilon of the type in which the gradient was stored.
+            through: The map; None for the vectors themselves.
         """
-        whitening = _whitening(precise(usual))
+        usual = precise(usual) if through is None else precise(usual) @ precise(through)
+        whitening = _whitening(usual)
         seen = _clear(gradient, precision) @ whitening
+        whitening = whitening if through is None else precise(through) @ whitening
         return cls(torch.linalg.qr(seen.T).Q.T.float(), whitening.float())
 
-    def white(self, vectors: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows inputs"]:
+    def white(self, vectors: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows seen"]:
         """Vectors (float32) in whitened coordinates, scaled to length 1."""
         seen = vectors.float() @ self.whitening
         return seen / seen.norm(dim=1, keepdim=True).clamp(min=1e-30)
@@ -81,8 +91,8 @@ class Explained:
     """
 
     wanted: Wanted
-    basis: Float[Tensor, "prefixes length inputs"]
-    rest: Float[Tensor, "prefixes wanted inputs"]
+    basis: Float[Tensor, "prefixes length seen"]
+    rest: Float[Tensor, "prefixes wanted seen"]
 
     @classmethod
     def nothing(cls, wanted: Wanted) -> Explained:
