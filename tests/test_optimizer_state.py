@@ -13,11 +13,15 @@ from helpers import assert_exact, every, truth
 from transformers.trainer_pt_utils import get_parameter_names
 
 from dager_tutorial.cli import main
+from dager_tutorial.client.federated import LocalTraining, local_update
 from dager_tutorial.client.step import client_update
 from dager_tutorial.errors import UpdateError
 from dager_tutorial.models.heads import Head, with_head
 from dager_tutorial.optimizer_state import update_of_state
 from dager_tutorial.server.attack import attack
+from dager_tutorial.server.embedding_rows import named_tokens
+from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.server.inspection import inspect_update
 from dager_tutorial.status import Status
 from dager_tutorial.zoo.checkpoint import save_checkpoint
 
@@ -92,6 +96,27 @@ def test_a_weight_difference_of_the_same_step_is_full_of_signs(tiny_gpt2, tmp_pa
     rows = sum(len(tiny_gpt2.tokenizer(text)["input_ids"]) for text in BATCHES[0])
     assert torch.linalg.matrix_rank(moment, rtol=1e-5) == rows
     assert torch.linalg.matrix_rank(delta, rtol=1e-5) == min(delta.shape)
+
+
+@every("tiny_gpt2", "tiny_llama")
+def test_signs_are_named_and_the_tokens_that_the_embedding_names_are_told_apart_from_weight_decay(model):
+    training = LocalTraining(1, 4, 1e-4, "adamw")
+    update = local_update(model, BATCHES[0], training=training)
+    assert update.for_backbone(model.network)[_table(model)].any(1).all()  # weight decay moves every row
+    tokens = {token for ids in truth(model, BATCHES[0]) for token in ids}
+    assert set(named_tokens(evidence_of(model, update)).tolist()) == tokens
+    said = f"signs are left, and their rank is full; the rows of the embedding that moved name {len(tokens)} tokens"
+    assert said in inspect_update(model, update).verdict
+    found = attack(model, update)
+    assert said in found.diagnosis and not set(found.confirmed) - truth(model, BATCHES[0])
+    assert {token for ids in found.sequences for token in ids} <= tokens
+    by_sgd = local_update(model, BATCHES[0], training=replace(training, optimizer="sgd"))
+    assert "signs" not in inspect_update(model, by_sgd).verdict
+
+
+def _table(model):
+    table = model.network.get_input_embeddings().weight
+    return next(name for name, each in model.network.named_parameters() if each is table)
 
 
 def test_the_command_line_reads_a_checkpoint_folder(tiny_gpt2, tmp_path, capsys):

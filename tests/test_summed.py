@@ -139,7 +139,7 @@ def test_extensions_see_what_the_unmodified_network_sees(model: LanguageModel) -
     adapter = adapter_for(model.network)
     assert isinstance(adapter, DecoderAdapter)
     spectra = spectra_for(adapter)
-    _, rows = passed(Passage(adapter, spectra, Budget()), TEXTS)
+    _, rows = passed(Passage(adapter, {tap: each.log_shares for tap, each in spectra.items()}, Budget()), TEXTS)
     ids = torch.tensor(TEXTS)
     inputs = adapter.tap_inputs(ids, torch.ones_like(ids), spectra)
     seen = torch.cat([spectra[tap].log_shares(inputs[tap][:, -1]) for tap in spectra], 1)
@@ -153,7 +153,7 @@ def test_a_sketch_sees_the_weakest_bands(model: LanguageModel) -> None:
     adapter = adapter_for(model.network)
     assert isinstance(adapter, DecoderAdapter)
     spectra, budget = spectra_for(adapter), Budget()
-    passage = Passage(adapter, spectra, budget)
+    passage = Passage(adapter, {tap: each.log_shares for tap, each in spectra.items()}, budget)
     cache, rows = passed(passage, TEXTS)
     attention, mlp = spectra[adapter.tap(0, ATTENTION_OUTPUT)], spectra[adapter.tap(0, MLP)]
     sketch = Sketch.of(adapter, mlp, attention, budget.generator())

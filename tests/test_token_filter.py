@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -217,3 +218,20 @@ def test_where_block_0_is_full_tokens_stand_out_by_their_leverage(
     assert {pair for pair in pairs_of(found) if pair[1] == 0} <= true and len(found.at(0)) > 5
     assert len(pairs_of(found) & true) >= 0.8 * found.count
     assert not filter_by_leverage(adapter_for(model.network).first_input, span, Budget(deadline=0.0)).count
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-5, 1e-2, 1.0])
+def test_rows_on_a_cycle_of_tokens_and_positions_pass_however_short_the_bias_is(
+    tiny_gpt2: LanguageModel, size: float
+) -> None:
+    """Their dependence leaves the bias alone, which the gradient may be too coarse to show."""
+    model = replace(tiny_gpt2, network=copy.deepcopy(tiny_gpt2.network))
+    bias = model.network.h[0].ln_1.bias
+    bias.data = size * torch.randn(len(bias), generator=torch.Generator().manual_seed(0))
+    texts = ["we never knew", "my never cup", "we father cup", "my father knew her"]
+    source, span = adapter_for(model.network).first_input, block_0(model, client_update(model, texts))
+    ids = encode(model.tokenizer, texts)
+    pairs = {(token, position) for text in ids for position, token in enumerate(text)}
+    tokens, positions = torch.tensor(sorted(pairs)).T
+    assert span.ratio(source.vectors(tokens, positions)).max() < span.bound
+    assert not span.holds(source.vectors(tokens, positions + 7)).any()

@@ -94,14 +94,29 @@ def low_rank_span(tap: Tap, gradients: Mapping[str, Tensor], maps: LowRankMaps, 
 
 
 def _of_downs(tap: Tap, gradients: Mapping[str, Tensor], maps: LowRankMaps, read: Reader) -> list[Span]:
-    """The span of A's gradients, stacked; nothing where a fused map holds more outputs than the tap's."""
+    """The span of A's gradients."""
+    gradient = stacked_downs(tap, gradients, maps)
+    span = None if gradient is None else read(gradient)
+    return [] if span is None else [span]
+
+
+def stacked_downs(tap: Tap, gradients: Mapping[str, Tensor], maps: LowRankMaps) -> Tensor | None:
+    """A's gradients of all maps of a tap, stacked: combinations of its inputs (float64, outputs x inputs).
+
+    Args:
+        tap: The tap.
+        gradients: Gradients by the backbone's names.
+        maps: The adapter that the server handed out.
+
+    Returns:
+        None where nothing was shared, or a fused map holds more outputs than the tap's.
+    """
     shared = [
         _packed(precise(gradients[name]), precise(maps[weight.removesuffix(".weight")].up))
         for weight in tap.parameters
         if (name := adapter_names(weight)[0]) in gradients
     ]
-    span = read(torch.cat(shared)) if shared and tap.outputs is None else None
-    return [] if span is None else [span]
+    return torch.cat(shared) if shared and tap.outputs is None else None
 
 
 def _packed(gradient: Tensor, up: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from dager_tutorial.server.decoder.run import recover_prefixes
 from dager_tutorial.server.drift import unmoved
 from dager_tutorial.server.encoder.run import recover_texts
 from dager_tutorial.server.evidence import Evidence, evidence_of
+from dager_tutorial.server.inspection import signs
 from dager_tutorial.server.outcome import Outcome
 from dager_tutorial.server.verdict import of_adapter, of_difference, of_prompt, unreadable
 from dager_tutorial.stopwatch import Stopwatch, peak_memory_mb
@@ -72,7 +73,7 @@ def attack(
     if evidence.maps:
         outcome = of_adapter(evidence, outcome)
     if update.kind == "delta":
-        outcome = of_difference(outcome, unmoved(evidence.gradients, evidence.used))
+        outcome = of_difference(outcome, unmoved(evidence.gradients, evidence.used), signs(evidence))
     return _reconstruction(model, evidence, of_prompt(outcome, prompt))
 
 

@@ -73,6 +73,9 @@ class Constants:
         0.25, "share of the drift by which vectors halfway differ from those of the steps", "measured: exact at 1e-3"
     )
     lost_in_rounding: float = _constant(0.5, "share of entries that did not move, from which rounding hides", "chosen")
+    even_sizes: float = _constant(
+        0.95, "squared mean over mean square of sizes from which all are the same, as in a step of Adam", "chosen"
+    )
     # Decoder search (chapters `06_decoder_recovery` and `11_limits`)
     search_directions: int = _constant(32, "random directions that screen extensions of prefixes", "cost")
     screen_slack: float = _constant(2.0, "screened residuals may exceed the bound by so much", "statistics")
@@ -115,6 +118,14 @@ class Constants:
     alike: int = _constant(4, "last tokens by which a prefix is known as a copy of a better one", "chosen")
     ending: float = _constant(0.4, "share of a text's usual evidence below which its last rows are none", "chosen")
     own_rows: float = _constant(2.0, "outstanding rows that a text needs which no better text has", "chosen")
+    # Decoder search where an adapter is narrower than its text is long
+    whitening_texts: int = _constant(128, "random texts that tell which directions rows share anyway", "statistics")
+    whitening_ridge: float = _constant(0.02, "share of the mean variance that every direction has at least", "numerics")
+    narrow_tokens: int = _constant(2048, "tokens for each position that may begin to explain an adapter", "cost")
+    narrow_screened: int = _constant(64, "extensions of each prefix that go on behind block 0's first tap", "cost")
+    narrow_beam: int = _constant(32, "prefixes of one length that are kept", "cost")
+    rows_a_direction: int = _constant(8, "rows for each direction of a tap up to which a text is followed", "cost")
+    nothing_new: float = _constant(1e-4, "share of a row that rounding may leave outside earlier ones", "numerics")
     # Completion
     tokens_trained_at_once: int = _constant(128, "tokens for which the client's step is repeated at once", "cost")
     most_copies: int = _constant(8, "copies of one text, and texts for each distinct one, that are tried", "cost")

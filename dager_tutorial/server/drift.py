@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -67,3 +68,43 @@ def unmoved(delta: Mapping[str, Tensor], read: set[str]) -> float:
     chosen = [delta[name] for name in read if name in delta]
     total = sum(each.numel() for each in chosen)
     return sum(each.numel() - int(each.count_nonzero()) for each in chosen) / max(total, 1)
+
+
+def evenness(delta: Mapping[str, Tensor], read: set[str]) -> float:
+    """How alike the sizes of a weight difference's entries are: 1 where all that moved did so by the same amount.
+
+    Adam's first step moves every weight by the learning rate, whatever the size of its gradient: signs are left of it.
+    The squares of gradients' entries spread over orders of magnitude, and few steps of SGD leave them so.
+
+    Args:
+        delta: New weights minus old weights, by backbone parameter name.
+        read: Names of the parameters that count.
+
+    Returns:
+        Squared mean over mean square of the sizes that are not zero, the median over parameters; 0 where none moved.
+    """
+    sizes = [delta[name].float().abs() for name in sorted(read & delta.keys())]
+    moved = [each[each > 0] for each in sizes if bool(each.any())]
+    shares = sorted(float(each.mean() ** 2 / each.square().mean()) for each in moved)
+    return shares[len(shares) // 2] if shares else 0.0
+
+
+def undecayed(table: Float[Tensor, "rows width"], delta: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+    """What an embedding's difference is without weight decay, which moves every row in proportion to itself.
+
+    Args:
+        table: The embedding, as the server handed it out.
+        delta: Its difference.
+
+    Returns:
+        The difference, rows in which rounding alone is left set to zero; as it is where few rows moved, or most did for
+        another reason.
+    """
+    if 2 * int(delta.any(1).sum()) <= len(delta):
+        return delta
+    weights = table.to(delta)
+    lost = (delta * weights).sum(1) / weights.square().sum(1).clamp(min=1e-30)
+    rest = delta - lost.median() * weights
+    rounding = constants().clear_gap * torch.finfo(torch.float32).eps * weights.norm(dim=1)
+    moved = rest.norm(dim=1) > rounding
+    return torch.where(moved[:, None], rest, 0.0) if 2 * int(moved.sum()) <= len(delta) else delta

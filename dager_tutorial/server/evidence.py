@@ -20,9 +20,9 @@ from dager_tutorial.models.adapter import Adapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.low_rank import LowRankMaps
 from dager_tutorial.models.tap import MLP, QKV, QUERY, Tap, precise
-from dager_tutorial.server.adapter_reading import adapter_gradients, adapter_names, low_rank_span
+from dager_tutorial.server.adapter_reading import adapter_gradients, adapter_names, low_rank_span, stacked_downs
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.drift import halfway
+from dager_tutorial.server.drift import halfway, undecayed
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
 from dager_tutorial.server.reading import span_of
 from dager_tutorial.server.rounding import probe, rounding_errors
@@ -77,7 +77,20 @@ class Evidence:
         device = self.adapter.first_input.tokens.device
         arithmetic, guess = self.arithmetic(tap), self._guess(tap)
         read = partial(span_of, precision=epsilon, arithmetic=arithmetic, device=device, guess=guess)
-        return low_rank_span(tap, self.gradients, self.maps, read) if gradient is None else read(gradient)
+        if gradient is None:
+            return low_rank_span(tap, self.gradients, self.maps, read)
+        return read(gradient, shared=self._bias(tap))
+
+    def of_downs(self, tap: Tap) -> Float[Tensor, "outputs inputs"] | None:
+        """The gradients (float64) of an adapter's A at a tap, stacked; None where nothing of them was shared."""
+        return stacked_downs(tap, self.gradients, self.maps)
+
+    def _bias(self, tap: Tap) -> Tensor | None:
+        """What every input of block 0's attention has in common, over its length; None elsewhere, and where nothing."""
+        source = self.adapter.first_input
+        if source.bias is None or tap.block or tap.kind not in (QKV, QUERY) or not bool(source.bias.any()):
+            return None
+        return source.bias / source.gain.norm()
 
     def _guess(self, tap: Tap) -> int:
         """About how many rows a tap has: as many as others before it, but for the last block's, which has few."""
@@ -206,6 +219,8 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
     own = adapted or update.for_backbone(model.network)
     gradients = {name: tensor.to(model.device) for name, tensor in own.items()}
     kinds = [tensor.dtype for tensor in gradients.values()]
+    if update.kind == "delta":
+        gradients |= _without_decay(adapter, gradients)
     weights = adapter.tap(0, QKV).parameters
     first = [gradients[name] for each in weights for name in (each, *adapter_names(each)) if name in gradients]
     if first:
@@ -217,6 +232,13 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
         return evidence
     between, drifts = halfway(adapter, gradients)
     return Evidence(between, gradients, coarsest, evidence.watch, drifts=drifts, tokenizer=model.tokenizer)
+
+
+def _without_decay(adapter: Adapter, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The differences of the embeddings' tables, without weight decay."""
+    source, own = adapter.first_input, dict(adapter.network.named_parameters())
+    names = [name for name, each in own.items() if each is source.tokens or each is source.positions]
+    return {name: undecayed(own[name].detach(), delta[name]) for name in names if name in delta}
 
 
 def _of_one_step(evidence: Evidence) -> bool:

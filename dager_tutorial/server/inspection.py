@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import Tap
+from dager_tutorial.server.drift import evenness
+from dager_tutorial.server.embedding_rows import named_tokens
 from dager_tutorial.server.evidence import Evidence, evidence_of
-from dager_tutorial.server.verdict import prospects
+from dager_tutorial.server.verdict import of_signs, prospects
 from dager_tutorial.update import Update
 
 
@@ -69,7 +71,19 @@ def inspect_update(model: LanguageModel, update: Update) -> Inspection:
     """
     evidence = evidence_of(model, update)
     reports = (_report(evidence, tap) for tap in evidence.adapter.taps())
-    return Inspection(tuple(report for report in reports if report is not None), prospects(evidence))
+    rows = tuple(report for report in reports if report is not None)
+    said = signs(evidence) if update.kind == "delta" else None
+    return Inspection(rows, prospects(evidence) if said is None else said)
+
+
+def signs(evidence: Evidence) -> str | None:
+    """What is to be said of a weight difference that holds little but signs; None of another one.
+
+    Args:
+        evidence: The difference, of which something was read.
+    """
+    named = named_tokens(evidence)
+    return of_signs(evenness(evidence.gradients, evidence.used), None if named is None else len(named))
 
 
 def _report(evidence: Evidence, tap: Tap) -> TapReport | None:

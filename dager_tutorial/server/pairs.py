@@ -199,12 +199,18 @@ class Forms:
         self.source, self.directions, self.weights, self.budget = source, directions, weights, budget
         self.projection = None if projection is None else projection.T.to(directions)
         self.lengths = Lengths(source)
-        count = budget.chunk(directions.element_size() * sum(directions.shape))
+        projected = 0 if projection is None else len(projection)
+        count = budget.chunk(directions.element_size() * (sum(directions.shape) + projected))
         self.parts = [slice(start, start + count) for start in range(0, len(source.tokens), count)]
 
     @cached_property
     def _kept(self) -> Images:
         return Images.of(self.source, self.directions)
+
+    @cached_property
+    def _kept_sizes(self) -> Images:
+        assert self.projection is not None
+        return Images.of(self.source, self.projection)
 
     def _images(self, rows: slice) -> Images:
         return self._kept if len(self.parts) == 1 else Images.of(self.source, self.directions, rows)
@@ -228,4 +234,6 @@ class Forms:
         """Squared lengths of the vectors, as they are tested."""
         if self.projection is None:
             return self.lengths.squares(places, scales, rows)
-        return Images.of(self.source, self.projection, rows).squares(places, scales).values.float()
+        kept = len(self.parts) == 1
+        images = self._kept_sizes if kept else Images.of(self.source, self.projection, rows)
+        return images.squares(places, scales).values.float()

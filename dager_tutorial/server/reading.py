@@ -23,6 +23,7 @@ def span_of(
     arithmetic: float = 0.0,
     device: torch.device | None = None,
     guess: int = 0,
+    shared: Float[Tensor, " inputs"] | None = None,
 ) -> Span | None:
     """Read the span of a layer's inputs off its gradient.
 
@@ -35,6 +36,8 @@ def span_of(
         arithmetic: Relative rounding error of the vectors that will be tested.
         device: Where vectors will be tested; None for the gradient's own device.
         guess: About how many directions the signal may have, where something is known: it costs time if wrong.
+        shared: A vector that is a part of every input and known beforehand, the bias of a norm, in units of an input's
+            length. It may belong to the span where it is too weak to be seen in the gradient.
 
     Returns:
         The span, or None where the gradient is zero.
@@ -56,7 +59,34 @@ def span_of(
         matrix = _evened(gradient, precision, otherwise=matrix)
         found = signal_of(matrix, precision, guess=guess)
     spectrum = {"matrix": matrix} if found.complete is None else {"known": found.complete}
-    return Span(found.directions, found.values, found.tail, len(matrix), arithmetic, device, **spectrum)
+    span = Span(found.directions, found.values, found.tail, len(matrix), arithmetic, device, **spectrum)
+    return span if shared is None else _with_shared(span, matrix, shared.to(matrix), precision)
+
+
+def _with_shared(span: Span, matrix: Tensor, shared: Tensor, precision: float) -> Span:
+    """The span with a known direction in it, read off what is left of the gradient without that direction.
+
+    Inputs may depend on each other but for their bias: `(t + p) s + b` of tokens and positions that close a cycle. The
+    direction that this adds is as weak as the bias is short, and rows on the cycle would be turned away without it.
+    """
+    if not span.rank or span.saturated or _visible(span, shared):
+        return span
+    unit = shared / shared.norm()
+    rest = matrix - (matrix @ unit)[:, None] * unit
+    found = signal_of(rest, precision, guess=span.rank)
+    strongest = found.values[:1] if len(found.values) else span.strengths[:1]
+    signal, strengths = torch.cat([unit[:, None], found.directions], 1), torch.cat([strongest, found.values])
+    rest = torch.cat([rest, strongest * unit[None]])
+    return Span(signal, strengths, found.tail, len(rest), span.arithmetic, span.device, matrix=rest)
+
+
+def _visible(span: Span, shared: Tensor) -> bool:
+    """Whether a shared direction lies in the span, or would if it belonged there.
+
+    As strong as the weakest, and shorter by its own length and by what is left of it on a cycle, it would stand clear.
+    """
+    clear = shared.norm() * span.strengths[-1] >= constants().clear_gap ** 2 * span.tail.largest
+    return bool(clear) or bool(span.holds(shared.float()[None].to(span.device or span.signal.device)))
 
 
 def _evened(gradient: Tensor, precision: float, otherwise: Tensor) -> Tensor:

@@ -134,14 +134,27 @@ def of_ranking(ends: Ends, confirmed: int, *, late: bool) -> Verdict:
     return _unless_late(Status.ENDS_CONFIRMED if ends.complete else Status.PARTIAL, reason, late=late)
 
 
-def of_difference(outcome: Outcome, unmoved: float) -> Outcome:
+def unexplained(*, late: bool) -> Verdict:
+    """The verdict where no text explains all directions of a narrow adapter.
+
+    Args:
+        late: The time budget was spent.
+    """
+    reason = "no text was found that explains all of it, the likeliest is a guess"
+    return _unless_late(Status.SATURATED, reason, late=late)
+
+
+def of_difference(outcome: Outcome, unmoved: float, signs: str | None = None) -> Outcome:
     """What a search of a weight difference came to, and how much of it rounding hid.
 
     Args:
         outcome: What the search came to.
         unmoved: Share of the entries that were read and did not move.
+        signs: What `of_signs` says.
     """
-    told = f"{outcome.diagnosis}; {unmoved:.0%} of the entries that were read did not move"
+    told = "; ".join(
+        filter(None, (signs, outcome.diagnosis, f"{unmoved:.0%} of the entries that were read did not move"))
+    )
     hidden = unmoved >= constants().lost_in_rounding and not outcome.status.claims_all
     return replace(outcome, status=Status.BELOW_ROUNDING if hidden else outcome.status, diagnosis=told)
 
@@ -158,6 +171,19 @@ def of_prompt(outcome: Outcome, prompt: tuple[int, ...]) -> Outcome:
         return outcome
     said = f"{stray} of {len(outcome.texts)} texts do not begin" if outcome.texts else "no text was found that begins"
     return replace(outcome, diagnosis=f"{outcome.diagnosis}; {said} with the prompt")
+
+
+def of_signs(even: float, named: int | None) -> str | None:
+    """What is said of a weight difference whose entries all moved by the same amount; None of another one.
+
+    Args:
+        even: How alike the sizes of its entries are.
+        named: How many tokens its embedding's rows name, or None.
+    """
+    if even < constants().even_sizes:
+        return None
+    said = "all entries moved by about the same amount, as in one step of Adam: signs are left, and their rank is full"
+    return said if named is None else f"{said}; the rows of the embedding that moved name {named} tokens exactly"
 
 
 def of_texts(rows: int, expected: int | None, *, late: bool) -> Verdict:

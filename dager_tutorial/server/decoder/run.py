@@ -15,6 +15,7 @@ from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.beams import BeamSearch
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
 from dager_tutorial.server.decoder.front import FirstBlock
+from dager_tutorial.server.decoder.narrow.run import text_that_explains
 from dager_tutorial.server.decoder.ranking import Ranking
 from dager_tutorial.server.decoder.residual import ResidualSelector
 from dager_tutorial.server.decoder.search import TreeSearch
@@ -25,7 +26,15 @@ from dager_tutorial.server.outcome import Ends, FoundText, Outcome, expected_row
 from dager_tutorial.server.prompt import explained
 from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates
-from dager_tutorial.server.verdict import no_beginning, no_candidates, of_leverage, of_prefixes, of_ranking, unreadable
+from dager_tutorial.server.verdict import (
+    no_beginning,
+    no_candidates,
+    of_leverage,
+    of_prefixes,
+    of_ranking,
+    unexplained,
+    unreadable,
+)
 from dager_tutorial.status import Certainty, Confirmation, Status
 
 Spans = dict[Tap, Span]
@@ -76,6 +85,10 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     assert isinstance(adapter, DecoderAdapter)
     nothing, first = unreadable(evidence), evidence.span(adapter.tap(0, QKV))
     full = first is not None and first.saturated
+    if evidence.maps and first is not None:
+        narrow = _of_narrow_adapter(evidence, adapter, first, budget)
+        if narrow is not None:
+            return narrow
     with evidence.watch.stage("filter"):
         candidates = candidates_of(evidence, first, budget)
     if not candidates.count:
@@ -108,6 +121,26 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     likely = _likeliest(found)
     confirmed = len(likely.texts.confirmed)
     return likely.outcome(*of_leverage(likely.ends, confirmed, late=budget.late))
+
+
+def _of_narrow_adapter(evidence: Evidence, adapter: DecoderAdapter, first: Span, budget: Budget) -> Outcome | None:
+    """The outcome where a trained adapter is too narrow for the rows of one text; None where that is not the case."""
+    full = first.saturated or any(span.saturated for span in _cascade(evidence, adapter, budget).values())
+    last = _last(evidence, adapter, budget)
+    if not full or max((span.rank for span in last.values()), default=0) != 1:
+        return None
+    silent = {(adapter.num_blocks - 1, kind) for kind in (ATTENTION_OUTPUT, MLP)}
+    taps = [tap for tap in adapter.taps() if (tap.block, tap.kind) not in silent]
+    with evidence.watch.stage("search"):
+        found = text_that_explains(evidence, adapter, taps, budget)
+        if found is None or not found[0]:
+            return None
+        tree = Tree.of(found[0], rotary=adapter.first_input.positions is None)
+        texts = whole_texts(adapter, tree, last, complete=found[1])
+    if not found[1]:
+        return _Found(tree, texts, {}, last).outcome(*unexplained(late=budget.late))
+    explained = _Found(tree, texts, evidence.present(*taps), last)
+    return explained.outcome(*of_prefixes(len(tree.real()), len(tree.real()), explained.ends, late=False))
 
 
 def _proven(evidence: Evidence, adapter: DecoderAdapter, found: _Found, expected: int | None, *, late: bool) -> Outcome:

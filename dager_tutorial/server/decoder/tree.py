@@ -39,6 +39,19 @@ class Tree:
     nodes: list[Node] = field(default_factory=list)
     overflowed: bool = False
 
+    @classmethod
+    def of(cls, tokens: tuple[int, ...], *, rotary: bool) -> Tree:
+        """The prefixes of one text.
+
+        Args:
+            tokens: Its token ids.
+            rotary: Whether repeats of a first token are one row.
+        """
+        tree, parent = cls(), None
+        for token in tokens:
+            parent = tree.grow(parent, token, start=0, ratio=1.0, rotary=rotary)
+        return tree
+
     def leaves(self) -> list[int]:
         """Indices of prefixes that no other confirmed prefix extends; chains of repeats that lead nowhere left out."""
         useful = self._useful()

@@ -1,4 +1,4 @@
-"""Extensions of prefixes on their way through the blocks, with the log-shares that they collect (chapter `11_limits`).
+"""Extensions of prefixes on their way through the blocks, with what is read of them there (chapter `11_limits`).
 
 The front of `front` knows block 0 only. Here keys and values of all blocks are cached for every prefix that is kept, so
 that an extension costs one token in each block, and those that look bad in early blocks never see the later ones.
@@ -6,7 +6,7 @@ that an extension costs one token in each block, and those that look bad in earl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,7 +18,9 @@ from dager_tutorial.models.attention import attend, mix, scores, weights
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.decoder.front import Extension
-from dager_tutorial.server.decoder.summed.spectra import Bands
+
+Reader = Callable[[Tensor], Tensor]
+"""What is kept of the vectors (float32) that enter a tap, row by row."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Rows:
         halves: How many half blocks lie behind.
         keys: For each block so far, the token's key.
         values: Likewise its value.
-        evidence: float32, log-shares of the taps so far.
+        evidence: float32, what was kept at the taps so far: log-shares, or the vectors.
         attended: float32, what enters the last block's attention output map; None before.
     """
 
@@ -61,7 +63,7 @@ class Rows:
     attended: Tensor | None = None
 
     def features(self) -> Float[Tensor, "rows features"]:
-        """The log-shares side by side."""
+        """What was kept, side by side."""
         return torch.cat([self.hidden.new_empty(len(self.hidden), 0), *self.evidence], 1)
 
     def take(self, chosen: Tensor) -> Rows:
@@ -107,18 +109,18 @@ class Passage:
 
     Attributes:
         adapter: The architecture.
-        spectra: The taps.
+        readers: The taps that are read, and what is kept of the vectors there.
         budget: What intermediate results may cost.
     """
 
     adapter: DecoderAdapter
-    spectra: Mapping[Tap, Bands]
+    readers: Mapping[Tap, Reader]
     budget: Budget
     _taps: dict[tuple[int, str], Tap] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Index the taps by their places."""
-        self._taps.update({(tap.block, tap.kind): tap for tap in self.spectra})
+        self._taps.update({(tap.block, tap.kind): tap for tap in self.readers})
 
     def empty(self) -> Cache:
         """The cache of one prefix without tokens."""
@@ -223,9 +225,9 @@ class Passage:
         return slice(0, None) if window is None else slice(max(0, position + 1 - window), None)
 
     def _read(self, block: int, kind: str, vectors: Tensor) -> list[Tensor]:
-        """The log-shares at a tap; none where it is not among those that are read."""
+        """What is kept at a tap; nothing where it is not among those that are read."""
         tap = self._taps.get((block, kind))
-        return [] if tap is None else [self.spectra[tap].log_shares(vectors)]
+        return [] if tap is None else [self.readers[tap](vectors)]
 
     def grown(self, cache: Cache, rows: Rows) -> Cache:
         """The cache of extensions that are behind all blocks."""

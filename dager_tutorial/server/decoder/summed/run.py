@@ -70,7 +70,8 @@ def _search(
     block = (adapter.tap(0, MLP), adapter.tap(0, ATTENTION_OUTPUT))
     sketch = Sketch.of(adapter, spectra[block[0]], spectra[block[1]], generator) if set(block) <= set(spectra) else None
     goal = Goal(last.get(output), texts, 3 * size[1] // texts)
-    return SummedSearch(Passage(adapter, spectra, budget), learnt, sketch, goal, candidates, budget)
+    readers = {tap: each.log_shares for tap, each in spectra.items()}
+    return SummedSearch(Passage(adapter, readers, budget), learnt, sketch, goal, candidates, budget)
 
 
 def _read(tap: Tap, halves: int) -> bool:

@@ -184,7 +184,7 @@ class SummedSearch:
         places = torch.randint(len(front.prefixes), (count,), generator=self.generator).to(device)
         rows = self.passage.enter(places, tokens, position)
         features = self.passage.through(rows, front.cache, self.passage.halves).features()
-        return Scales(Scale.of(features), Scale.of(screened(features, list(self.passage.spectra))))
+        return Scales(Scale.of(features), Scale.of(screened(features, list(self.passage.readers))))
 
     def _screened(self, front: Front, tokens: Tensor, position: int, scale: Scale) -> Rows:
         """The extensions of each prefix that look best."""
