@@ -1,0 +1,146 @@
+"""The report's sentences: verdicts in plain words, and what each of them rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dager_tutorial.evaluation.changes import CLIPPING, NOISE, UNCHANGED
+from dager_tutorial.evaluation.ladder import Rung
+from dager_tutorial.reconstruction import Reconstruction
+from dager_tutorial.status import Status
+
+NO_PROOF = "This is no proof that it is safe: another attack, or one with more time, may read more."
+SEVERE, SERIOUS, OPEN = "severe", "serious", "open"
+"""Everything or proven texts are read; something is; nothing is, which proves nothing."""
+
+STOPPED = 0.2
+"""Share of the words below which this attack is said to fail: chance and common words give about a tenth."""
+
+PROOFS = {
+    Status.CERTIFIED: "The proof: the client's step, computed again from these texts, gives the update that was sent",
+    Status.TEXTS_COMPLETE: "The proof: the texts explain as many independent directions as the gradients have, "
+    "and each of them is confirmed to its end.",
+    Status.ROWS_COMPLETE: "The proof: the texts explain as many independent directions as the gradients have. A text "
+    "that is the beginning of another one, and words that are only asked for, may be missing.",
+    Status.ENDS_CONFIRMED: "As many texts are confirmed to their ends as the last block shows.",
+}
+NOTHING = {
+    Status.WRONG_MODEL: "The update does not fit this model, so that the audit says nothing of it. Check that model, "
+    "weights and tokenizer are those of the client, or the update was changed in a way that the attack does not know.",
+    Status.NO_SIGNAL: "The tensors that the attack reads were not sent, or are zero.",
+    Status.NOISE: "The tensors that the attack reads hold nothing that stands out from noise.",
+    Status.BELOW_ROUNDING: "The steps of the client are mostly smaller than the rounding of its weights.",
+    Status.OUT_OF_TIME: "The search was stopped before it had ended: give it more time.",
+}
+CERTAINTIES = {
+    "whole": "to its end",
+    "rows": "all tokens, not the end",
+    "guess": "not: the likeliest answer",
+    "-": "not said",
+}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The verdict.
+
+    Attributes:
+        severity: `SEVERE`, `SERIOUS` or `OPEN`.
+        sentence: What the update gives away, in one sentence.
+        reason: What the sentence rests on, or what it does not say.
+    """
+
+    severity: str
+    sentence: str
+    reason: str
+
+
+def headline(found: Reconstruction, named: int | None) -> Headline:
+    """The verdict on an update, from what the attack found and nothing else.
+
+    Args:
+        found: What the attack found.
+        named: How many tokens the embedding rows name, where they name any.
+    """
+    texts, proven = len(found.sequences), len(found.confirmed)
+    if found.status.claims_all and proven:
+        return Headline(SEVERE, _all(found), _proof(found))
+    if proven:
+        more = f" {_texts(texts - proven).capitalize()} more were read, but not proven." if texts > proven else ""
+        sentence = f"This update gives away at least {_texts(proven)} word for word."
+        return Headline(SEVERE, sentence, f"They are proven; whether there are more is not known.{more}")
+    if texts:
+        return Headline(SERIOUS, *_unproven(found))
+    if named:
+        sentence = (
+            f"No text was read, but the embeddings name the {named:,} different tokens that the texts are made of."
+        )
+        return Headline(SERIOUS, sentence, f"{NOTHING.get(found.status, '')} {NO_PROOF}".strip())
+    reason = f"{NOTHING.get(found.status, '')} {NO_PROOF}".strip()
+    return Headline(OPEN, "Nothing could be read from this update by the attacks that were tried.", reason)
+
+
+def _all(found: Reconstruction) -> str:
+    """The sentence where nothing is missing."""
+    certified = found.status is Status.CERTIFIED and found.batch_size
+    size = found.batch_size if certified else len(found.sequences)  # without a proof, weights are no counts
+    if size == 1:
+        return "This update gives away its only text, word for word."
+    return f"This update gives away all {size:,} texts, word for word."
+
+
+def _proof(found: Reconstruction) -> str:
+    if found.status is Status.CERTIFIED and found.unexplained is not None:
+        return f"{PROOFS[found.status]}; {found.unexplained:.1g} of its length remains, which is rounding."
+    return PROOFS[found.status]
+
+
+def _unproven(found: Reconstruction) -> tuple[str, str]:
+    """Sentence and reason where there are texts, and none is proven."""
+    whole = sum(each.certainty.value == "rows" for each in found.confirmations)
+    if whole:
+        sentence = f"Token by token, {_texts(whole)} could be read, but not proven to be complete."
+    else:
+        sentence = f"No text could be proven; {_texts(len(found.sequences))} were guessed, which may be right in part."
+    return sentence, f"Treat them as disclosed until the owner has compared them. {NO_PROOF}"
+
+
+def _texts(count: int) -> str:
+    return f"{count:,} text" if count == 1 else f"{count:,} texts"
+
+
+def ladder_summary(rungs: Sequence[Rung]) -> list[str]:
+    """What the ladder came to: one sentence a kind of change, in the order of the ladder.
+
+    Args:
+        rungs: What was tried.
+    """
+    kinds = dict.fromkeys(rung.kind for rung in rungs if rung.kind != UNCHANGED)
+    return [_of_kind(kind, [rung for rung in rungs if rung.kind == kind]) for kind in kinds]
+
+
+def _of_kind(kind: str, rungs: Sequence[Rung]) -> str:
+    if kind == CLIPPING:
+        kept = min(rung.words for rung in rungs)
+        return f"Clipping alone leaves {_share(kept)} of the words: it scales the update and hides nothing."
+    if kind == NOISE:
+        return _of_noise(rungs)
+    best = max(rungs, key=lambda rung: rung.words)
+    stopped = [rung.name for rung in rungs if rung.words < STOPPED]
+    said = f"{kind.capitalize()}: “{best.name}” leaves {_share(best.words)}"
+    return f"{said}; this attack fails with “{'”, “'.join(stopped)}”." if stopped else f"{said}; nothing stops it."
+
+
+def _of_noise(rungs: Sequence[Rung]) -> str:
+    through = [rung for rung in rungs if rung.words >= STOPPED]
+    silent = [rung for rung in rungs if rung.words < STOPPED]
+    if not through:
+        return "Noise: the least that was tried keeps this attack below a fifth of the words."
+    last = through[-1]
+    said = f"Noise: {last.level:.2g} times as long as the update, it still leaves {_share(last.words)} of the words"
+    return f"{said}; {silent[0].level:.2g} times as long, less than a fifth." if silent else f"{said}."
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.0f} %"
