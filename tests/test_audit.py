@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dager_tutorial.cli import main
+from dager_tutorial.client.adapters import LoraConfig, hand_out
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.step import play
 from dager_tutorial.evaluation import changes
@@ -24,6 +25,7 @@ from dager_tutorial.update import Update
 TEXTS = ["hungry husband breakfast", "sister kitchen hospital holiday", "beautiful mountain winter"]
 PRIVATE = sorted({word for text in TEXTS for word in text.split()})
 BATCH = [part for text in TEXTS for part in ("--text", text)]
+ADAPTED = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]}
 KEYS = {
     "": "schema headline shows_texts sent readings given compared ladder about",
     "headline": "severity sentence reason",
@@ -39,7 +41,7 @@ KEYS = {
     "given.texts": "tokens certainty proven copies labelled ratio labels text",
     "compared": "texts exact tokens token_accuracy rouge1 rouge2 rouge_l own",
     "compared.own": "tokens exact share text recovered",
-    "ladder": "kind name level deviation status exact words confirmed false seconds",
+    "ladder": "kind name level deviation status exact words confirmed others seconds",
     "about": "command date versions live",
 }
 
@@ -142,7 +144,7 @@ def test_a_live_audit_computes_the_update_and_keeps_the_texts_out_of_the_command
     assert kinds == {"as sent", "clipping", "noise", "rounding", "sharing"}
     by_name = {rung["name"]: rung for rung in facts["ladder"]}
     assert by_name["as it was sent"]["exact"] == 1 and by_name["clipped to a tenth of its norm"]["words"] == 1
-    assert facts["ladder"][-1]["words"] <= 1 and sum(rung["false"] for rung in facts["ladder"]) == 0
+    assert facts["ladder"][-1]["words"] <= 1 and sum(rung["others"] for rung in facts["ladder"]) == 0
     private = [rung for rung in facts["ladder"] if rung["kind"] == "noise"][-1]
     assert private["deviation"] == pytest.approx(1) and private["confirmed"] == 0
 
@@ -170,6 +172,27 @@ def test_an_update_that_gives_nothing_away_is_not_called_safe(folder, captured, 
     facts = json.loads(record)
     assert facts["headline"]["severity"] == "open" and "no proof that it is safe" in facts["headline"]["reason"]
     assert facts["ladder"] == [] and "nothing to compare a change with" in written
+    assert_inert(written)
+
+
+@pytest.mark.parametrize(
+    ("model", "adapted"),
+    [("tiny_bert", False), ("tiny_llama", False), ("tiny_llama", True), ("tiny_gpt2", True)],
+    indirect=["model"],
+)
+def test_every_architecture_and_an_adapter_has_a_page(model, adapted):
+    if adapted:
+        model = hand_out(model, LoraConfig(rank=48, targets=ADAPTED[model.network.config.model_type]), texts=TEXTS)
+    update, truth = play(model, TEXTS)
+    found = attack(model, update)
+    about = About("", "", {}, live=True)
+    facts = gather(model, update, found, source=Source(), about=about, truth=truth)
+    assert facts.compared.exact == 3 and facts.headline.severity == "severe", found.diagnosis
+    parts = {part.kind: part for part in facts.sent.parts}
+    assert parts["attention"].blocks == 3 and sum(part.tensors for part in parts.values()) == len(update.gradients)
+    assert ((parts["embeddings"].tensors == 0) is adapted and parts["attention"].tensors_there is None) or not adapted
+    written = page(facts)
+    assert "No change was tried" in written and ("rank 48" in written) is adapted
     assert_inert(written)
 
 

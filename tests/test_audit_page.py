@@ -29,7 +29,7 @@ LONG = "A-name-without-any-place-to-break-it-" * 6
 @pytest.fixture(scope="module", params=[False, True], ids=["hidden", "shown"])
 def written(request, tiny_gpt2, tmp_path_factory):
     """The page of a small update, with long names, as a file."""
-    texts = [" ".join(WORDS[start : start + 40]) for start in (10, 200)]
+    texts = [" ".join(WORDS[start : start + 14]) for start in (10, 200)]
     update, truth = play(tiny_gpt2, texts, config=ClientConfig(share="all"))
     found, about = attack(tiny_gpt2, update), About(f"dager audit {LONG}", "today", {LONG: LONG}, live=False)
     facts = gather(

@@ -37,7 +37,8 @@ class Rung:
         exact: Share of the texts that came back token by token.
         words: Mean ROUGE-1 of the texts: the share of their tokens that came back, in any order.
         confirmed: Share of the texts that came back and that the attack knows to be right.
-        false: Texts that the attack calls confirmed and that are not among the texts.
+        others: Texts that the attack calls confirmed and that are not among those it is compared with: false ones,
+            where these are the owner's.
         seconds: Wall-clock seconds of the attack.
     """
 
@@ -49,7 +50,7 @@ class Rung:
     exact: float
     words: float
     confirmed: float
-    false: int
+    others: int
     seconds: float
 
     def to_json(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def _pictures(facts: Facts) -> dict[str, object]:
     maps, noises = facts.readings.maps, [rung for rung in facts.ladder if rung.kind == NOISE]
     return {
         "spectra": [(each, Markup(pictures.draw_spectrum(each))) for each in facts.readings.spectra],
-        "ranks": Markup(pictures.draw_ranks(maps, facts.sent.network.width)) if maps else None,
+        "ranks": Markup(pictures.draw_ranks(maps)) if maps else None,
         "noise": Markup(pictures.draw_noise(noises)) if len(noises) > 1 else None,
     }
 

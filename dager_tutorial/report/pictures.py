@@ -96,17 +96,16 @@ def draw_spectrum(spectrum: Spectrum) -> str:
     return frame.written()
 
 
-def draw_ranks(maps: Sequence[MapReading], width: int) -> str:
+def draw_ranks(maps: Sequence[MapReading]) -> str:
     """The rank of every map against its block.
 
     Args:
-        maps: The readings.
-        width: The model's width, which no rank can pass.
+        maps: The readings, at least one.
     """
-    last = max(each.block for each in maps)
-    top = max(width, *(each.rank for each in maps))
-    described = f"Ranks of the maps of {last + 1} blocks; the model is {width} wide."
-    frame = _Frame(described, WIDE, (-0.5, last + 0.5), (0, top * 1.08))
+    last, width = max(each.block for each in maps), max(each.width for each in maps)
+    ranks = [each.rank for each in maps]
+    described = f"Ranks of {len(maps)} maps, from {min(ranks)} to {max(ranks)}, of {width} that are possible."
+    frame = _Frame(described, WIDE, (-0.5, last + 0.5), (0, width * 1.08))
     frame.ticks_up([(0, "0"), (width, str(width))])
     step = max(1, math.ceil((last + 1) / 12))
     frame.ticks_across([(block, str(block)) for block in range(0, last + 1, step)], "block")

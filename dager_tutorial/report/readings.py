@@ -20,6 +20,8 @@ from dager_tutorial.update import Update
 
 WHOLE_WIDTH = 1600
 """Of a wider map only the signal's singular values are shown: all of them would take minutes."""
+SHOWN_BLOCKS = 12
+"""Of a deeper model some blocks are read, at about even distances: noise makes every map take seconds."""
 SHOWN_POINTS = 240
 """Singular values that a picture of a spectrum has, at most about."""
 
@@ -92,7 +94,7 @@ class Readings:
         precision: The type that the numbers show, whatever they are stored in.
         unmoved: Share of a weight difference's entries that did not move; None for a gradient.
         named: What embedding rows name.
-        maps: One reading a map.
+        maps: One reading a map, of some blocks where there are many.
         spectra: Of a few maps.
     """
 
@@ -117,7 +119,8 @@ def readings_of(model: LanguageModel, update: Update, *, show_texts: bool = Fals
         ModelError: The architecture has no adapter.
     """
     evidence = evidence_of(model, update)
-    spans = evidence.present(*evidence.adapter.taps())
+    blocks = _blocks(evidence.adapter.num_blocks)
+    spans = evidence.present(*(tap for tap in evidence.adapter.taps() if tap.block in blocks))
     still = unmoved(evidence.gradients, evidence.used) if update.kind == "delta" else None
     return Readings(
         prospects=prospects(evidence),
@@ -127,6 +130,18 @@ def readings_of(model: LanguageModel, update: Update, *, show_texts: bool = Fals
         maps=tuple(_map(tap, span) for tap, span in spans.items()),
         spectra=tuple(_spectrum(tap.name, spans[tap]) for tap in _shown(evidence, spans)),
     )
+
+
+def _blocks(count: int) -> set[int]:
+    """The blocks that are read: the first two, the last two, and some between.
+
+    >>> sorted(_blocks(30))
+    [0, 1, 3, 6, 8, 11, 14, 17, 20, 22, 25, 28, 29]
+    """
+    if count <= SHOWN_BLOCKS:
+        return set(range(count))
+    between = {round(place * (count - 2) / (SHOWN_BLOCKS - 2)) for place in range(SHOWN_BLOCKS - 1)}
+    return {0, 1, count - 1} | between
 
 
 def _named(model: LanguageModel, evidence: Evidence, show_texts: bool) -> Named:

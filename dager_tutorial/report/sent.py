@@ -12,6 +12,7 @@ from dager_tutorial.evaluation.changes import length
 from dager_tutorial.evaluation.parts import KINDS, Part, parts_of_network, parts_of_update
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.low_rank import part_of
 from dager_tutorial.optimizer_state import FILE
 from dager_tutorial.update import Update
 
@@ -39,7 +40,8 @@ class SentPart:
         kind: One of `parts.KINDS`.
         tensors: Tensors of it that were sent.
         numbers: Numbers in them.
-        tensors_there: Tensors that the network has of it; None for a head, which the server's model has not.
+        tensors_there: Tensors that the network has of it; None for a head, which the server's model has not, and for
+            an adapter.
         blocks: How many blocks they are of.
     """
 
@@ -136,7 +138,7 @@ def sent_of(model: LanguageModel, update: Update, source: Source) -> Sent:
         numbers=sum(tensor.numel() for tensor in update.gradients.values()),
         length=length(update),
         dtypes=dict(dtypes),
-        parts=_parts(update, parts, Counter(part.kind for part in parts_of_network(model).values())),
+        parts=_parts(update, parts, _there(model, update)),
         tensors=tuple(
             SentTensor(name, tuple(tensor.shape), _type(tensor.dtype), parts[name].kind)
             for name, tensor in update.gradients.items()
@@ -156,6 +158,12 @@ def _network(model: LanguageModel) -> Network:
         parameters=sum(each.numel() for each in model.network.parameters()),
         adapter_rank=max(ranks, default=None),
     )
+
+
+def _there(model: LanguageModel, update: Update) -> Mapping[str, int]:
+    """How many tensors each part has that could have been sent."""
+    adapted = any(map(part_of, update.gradients))
+    return {} if adapted else Counter(part.kind for part in parts_of_network(model).values())
 
 
 def _parts(update: Update, parts: Mapping[str, Part], there: Mapping[str, int]) -> tuple[SentPart, ...]:
