@@ -32,7 +32,7 @@ KEYS = {
     "sent": "source network named_model update_kind learning_rate numbers length dtypes parts tensors",
     "sent.source": "file size sha256",
     "sent.parts": "kind tensors numbers tensors_there blocks",
-    "readings": "prospects precision unmoved named maps spectra",
+    "readings": "precision unmoved named maps spectra",
     "readings.named": "tokens positions words",
     "readings.maps": "name block kind width rank noise clear saturated",
     "readings.spectra": "name rank width edge points",

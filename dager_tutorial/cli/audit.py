@@ -38,12 +38,14 @@ if TYPE_CHECKING:
     from dager_tutorial.evaluation.ladder import Rung
     from dager_tutorial.models.heads import Head
     from dager_tutorial.models.language_model import LanguageModel
+    from dager_tutorial.reconstruction import Reconstruction
     from dager_tutorial.report.facts import About, Facts
     from dager_tutorial.report.sent import Source
     from dager_tutorial.server.budget import AttackConfig
     from dager_tutorial.update import Update
 
 PAGE = Path("audit.html")
+LEAST_SECONDS = 10.0  # for a changed update
 PRIVATE = ("text", "label")  # options whose values are the batch itself
 SEVERITIES = {"severe": "bold red", "serious": "bold yellow", "open": "bold blue"}
 
@@ -65,8 +67,17 @@ class ReportOptions:
         bool, Option("--changes/--no-changes", help="Change the update (noise, rounding, ...) and attack each again.")
     ] = True
     change_seconds: Annotated[
-        float, Option("--change-seconds", min=0.1, help="Seconds that the attack on one changed update may take.")
-    ] = 10.0
+        float | None,
+        Option("--change-seconds", min=0.1, help="Seconds for each of them; by default twice those of the first."),
+    ] = None
+
+    def seconds(self, first: float) -> float:
+        """What the attack on one changed update may take.
+
+        Args:
+            first: Seconds that the attack on the update itself took.
+        """
+        return self.change_seconds or max(LEAST_SECONDS, 2 * first)
 
     def page(self) -> Path:
         """Where the page goes. One that nobody named takes the place of no other.
@@ -205,20 +216,28 @@ def _audited(case: Case, report: ReportOptions, limits: AttackConfig, about: Abo
     goal = case.truth or taken_for_true(case.model, found)
     if goal is None or not report.changes:
         return facts
-    return with_ladder(facts, _climbed(case, goal, replace(limits, time_budget=report.change_seconds)))
+    limits = replace(limits, time_budget=report.seconds(found.seconds["total"]))
+    return with_ladder(facts, _climbed(case, goal, found, limits))
 
 
-def _climbed(case: Case, goal: Truth, limits: AttackConfig) -> tuple[Rung, ...]:
+def _climbed(case: Case, goal: Truth, found: Reconstruction, limits: AttackConfig) -> tuple[Rung, ...]:
     """The ladder; after Ctrl-C what was tried so far."""
     from dager_tutorial.evaluation.changes import usual_changes
     from dager_tutorial.evaluation.ladder import climb
 
     rungs, changes = [], usual_changes(case.model, case.update)
     with progress() as advance, stoppable() as stop:
-        config = replace(limits, stop=stop)
-        for rung in climb(
-            case.model, case.update, goal, changes=changes, head=case.head, config=config, progress=advance
-        ):
+        tried = climb(
+            case.model,
+            case.update,
+            goal,
+            changes=changes,
+            unchanged=found,
+            head=case.head,
+            config=replace(limits, stop=stop),
+            progress=advance,
+        )
+        for rung in tried:
             if stop():
                 break
             rungs.append(rung)
@@ -282,6 +301,7 @@ def _ladder_table(rungs: tuple[Rung, ...]) -> Table:
     table = display.headed("words", "exact", "proven", "status", left=("status",))
     table.add_column("change", overflow="fold")
     for rung in rungs:
-        shares = (f"{100 * share:.0f} %" for share in (rung.words, rung.exact, rung.confirmed))
+        least = ">= " if rung.late else ""
+        shares = (f"{least}{100 * share:.0f} %" for share in (rung.words, rung.exact, rung.confirmed))
         table.add_row(*shares, rung.status, rung.name)
     return table

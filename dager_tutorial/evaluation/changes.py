@@ -85,8 +85,8 @@ def noised(update: Update, level: float, seed: int = NOISE_SEED) -> Update:
     deviation, draw = level * length(update) / math.sqrt(numbers), torch.Generator().manual_seed(seed)
 
     def add(tensor: Tensor) -> Tensor:
-        wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-        return wide + deviation * torch.randn(tensor.shape, generator=draw, dtype=wide.dtype)
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        return torch.randn(tensor.shape, generator=draw, dtype=wide).mul_(deviation).add_(tensor)
 
     return _each(update, add)
 

@@ -10,17 +10,17 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dager_tutorial.client.batch import Truth
 from dager_tutorial.errors import UpdateError
 from dager_tutorial.evaluation import metrics
-from dager_tutorial.evaluation.changes import NOISE, Change
+from dager_tutorial.evaluation.changes import NOISE, UNCHANGED, Change
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel, frame_ids
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.attack import attack
 from dager_tutorial.server.budget import AttackConfig, Progress
+from dager_tutorial.status import Status
 from dager_tutorial.update import Update
 
 
@@ -53,9 +53,10 @@ class Rung:
     others: int
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as JSON types, in the order of the attributes."""
-        return dict(vars(self))
+    @property
+    def late(self) -> bool:
+        """Whether time was too short, so that more may come back than did."""
+        return self.status == Status.OUT_OF_TIME.value
 
 
 def climb(
@@ -64,6 +65,7 @@ def climb(
     truth: Truth,
     *,
     changes: Sequence[Change],
+    unchanged: Reconstruction | None = None,
     head: Head | None = None,
     config: AttackConfig | None = None,
     progress: Progress | None = None,
@@ -75,6 +77,7 @@ def climb(
         update: What the client sent.
         truth: What it is compared with: the owner's texts, or `taken_for_true`.
         changes: What to try.
+        unchanged: What the attack made of the update as it was sent, where that is known already.
         head: See `server.attack.attack`.
         config: What one attack may cost.
         progress: Called with "changes", how many are tried and how many there are.
@@ -86,12 +89,15 @@ def climb(
     for done, change in enumerate(changes):
         if progress is not None:
             progress("changes", done, len(changes))
+        deviation = change.level / math.sqrt(numbers) if change.kind == NOISE else 0.0
+        if change.kind == UNCHANGED and unchanged is not None:
+            yield _rung(change, unchanged, truth, deviation, unchanged.seconds.get("total", 0.0))
+            continue
         start = time.perf_counter()
         try:
             found: Reconstruction | None = attack(model, change.make(update), head=head, config=config)
         except UpdateError:  # numbers that leave the range of the rounded type, or nothing that is left to read
             found = None
-        deviation = change.level / math.sqrt(numbers) if change.kind == NOISE else 0.0
         yield _rung(change, found, truth, deviation, time.perf_counter() - start)
 
 

@@ -36,6 +36,7 @@ def page(facts: Facts) -> str:
         certainties=sentences.CERTAINTIES,
         meanings={status.value: status.meaning for status in Status},
         no_proof=sentences.NO_PROOF,
+        weighed=any(text.copies is not None for text in facts.given.texts),
         rows=most_rows(facts.readings.maps),
         ladder_summary=sentences.ladder_summary(facts.ladder),
         **_pictures(facts),

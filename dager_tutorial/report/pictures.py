@@ -10,6 +10,7 @@ from dager_tutorial.evaluation.ladder import Rung
 from dager_tutorial.report.readings import MapReading, Spectrum
 
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 12.0, 34.0
+CLOSE = 0.1
 SMALL, WIDE = (300.0, 190.0), (460.0, 190.0)
 
 
@@ -86,7 +87,9 @@ def draw_spectrum(spectrum: Spectrum) -> str:
     )
     frame = _Frame(described, SMALL, (0, spectrum.width), (least, 0.3))
     frame.ticks_up((power, _power(power)) for power in range(0, int(least) - 1, -_step(least)))
-    frame.ticks_across([(0, "1"), (spectrum.width, str(spectrum.width))], "singular value, by size")
+    ends = [(0, "1"), (spectrum.width, str(spectrum.width))]
+    room = spectrum.width * CLOSE  # two labels that are nearer would overlap
+    frame.ticks_across([end for end in ends if abs(end[0] - spectrum.rank) > room], "singular value, by size")
     frame.line((LEFT, frame.y(floor)), (frame.right, frame.y(floor)), "edge")
     if spectrum.rank:
         frame.line((frame.x(spectrum.rank), TOP), (frame.x(spectrum.rank), frame.bottom), "cut")
@@ -135,10 +138,9 @@ def draw_noise(rungs: Sequence[Rung]) -> str:
     powers = range(math.ceil(min(levels)), math.floor(max(levels)) + 1)
     frame.ticks_across([(power, _power(power)) for power in powers], "length of the noise over that of the update")
     for kind, values in (("words", [rung.words for rung in rungs]), ("exact", [rung.exact for rung in rungs])):
-        points = list(zip(levels, values, strict=True))
-        frame.path(points, kind)
-        for point in points:
-            frame.dot(*point, kind)
+        frame.path(zip(levels, values, strict=True), kind)
+        for level, value, rung in zip(levels, values, rungs, strict=True):
+            frame.dot(level, value, f"{kind} open" if rung.late else kind)
     return frame.written()
 
 

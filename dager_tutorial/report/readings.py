@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from dager_tutorial.server.embedding_rows import named_positions, named_tokens
 from dager_tutorial.server.evidence import Evidence, evidence_of
 from dager_tutorial.server.rank import noise_edge
 from dager_tutorial.server.subspace import Span
-from dager_tutorial.server.verdict import prospects
 from dager_tutorial.update import Update
 
 WHOLE_WIDTH = 1600
@@ -90,7 +89,6 @@ class Readings:
     """What was read.
 
     Attributes:
-        prospects: One sentence on what is to be expected of an attack.
         precision: The type that the numbers show, whatever they are stored in.
         unmoved: Share of a weight difference's entries that did not move; None for a gradient.
         named: What embedding rows name.
@@ -98,7 +96,6 @@ class Readings:
         spectra: Of a few maps.
     """
 
-    prospects: str
     precision: str
     unmoved: float | None
     named: Named
@@ -119,16 +116,22 @@ def readings_of(model: LanguageModel, update: Update, *, show_texts: bool = Fals
         ModelError: The architecture has no adapter.
     """
     evidence = evidence_of(model, update)
-    blocks = _blocks(evidence.adapter.num_blocks)
-    spans = evidence.present(*(tap for tap in evidence.adapter.taps() if tap.block in blocks))
-    still = unmoved(evidence.gradients, evidence.used) if update.kind == "delta" else None
+    blocks, shown = _blocks(evidence.adapter.num_blocks), _shown(evidence)
+    maps, spectra = [], []
+    for tap in evidence.adapter.taps():
+        span = evidence.span(tap) if tap.block in blocks else None
+        if span is None:
+            continue
+        maps.append(_map(tap, span))
+        if tap in shown:
+            spectra.append(_spectrum(tap.name, span))
+        evidence.spans[tap] = replace(span, matrix=None, known=None)  # what is large and was read
     return Readings(
-        prospects=prospects(evidence),
         precision=str(evidence.precision).removeprefix("torch."),
-        unmoved=still,
+        unmoved=unmoved(evidence.gradients, evidence.used) if update.kind == "delta" else None,
         named=_named(model, evidence, show_texts),
-        maps=tuple(_map(tap, span) for tap, span in spans.items()),
-        spectra=tuple(_spectrum(tap.name, spans[tap]) for tap in _shown(evidence, spans)),
+        maps=tuple(maps),
+        spectra=tuple(spectra),
     )
 
 
@@ -158,14 +161,13 @@ def _map(tap: Tap, span: Span) -> MapReading:
     )
 
 
-def _shown(evidence: Evidence, spans: Iterable[Tap]) -> list[Tap]:
+def _shown(evidence: Evidence) -> set[Tap]:
     """The maps that say most: block 0 (tokens), block 1 (rows) and the last block (where texts end)."""
-    adapter, there = evidence.adapter, set(spans)
-    last = adapter.num_blocks - 1
+    adapter, last = evidence.adapter, evidence.adapter.num_blocks - 1
     ends = [adapter.tap(last, kind) for kind in (ATTENTION_OUTPUT, *KINDS)]
     choices = [[adapter.tap(0, QKV)], [adapter.tap(min(1, last), kind) for kind in KINDS], ends]
-    found = (next((tap for tap in choice if tap in there), None) for choice in choices)
-    return list(dict.fromkeys(tap for tap in found if tap is not None))
+    found = (next((tap for tap in choice if evidence.shared(tap)), None) for choice in choices)
+    return {tap for tap in found if tap is not None}
 
 
 def _spectrum(name: str, span: Span) -> Spectrum:
@@ -185,9 +187,11 @@ def _points(values: Tensor, rank: int) -> tuple[tuple[int, float], ...]:
 
 
 def most_rows(maps: Sequence[MapReading]) -> int | None:
-    """How many different rows the texts have, where a rank with a clear gap tells.
+    """How many different rows the texts have, where a rank with a clear gap tells; the last block shows only ends.
 
     Args:
         maps: The readings.
     """
-    return max((each.rank for each in maps if each.clear and not each.saturated), default=None)
+    last = max((each.block for each in maps), default=0)
+    inner = (each for each in maps if each.block < last)
+    return max((each.rank for each in inner if each.clear and not each.saturated), default=None)

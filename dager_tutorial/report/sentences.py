@@ -117,30 +117,50 @@ def ladder_summary(rungs: Sequence[Rung]) -> list[str]:
         rungs: What was tried.
     """
     kinds = dict.fromkeys(rung.kind for rung in rungs if rung.kind != UNCHANGED)
-    return [_of_kind(kind, [rung for rung in rungs if rung.kind == kind]) for kind in kinds]
+    said = [_of_kind(kind, [rung for rung in rungs if rung.kind == kind]) for kind in kinds]
+    late = sum(rung.late for rung in rungs)
+    if late:
+        said.append(
+            f"For {late} of {len(rungs)} lines the time was too short: at least as much comes back as is shown (≥); "
+            "more time (--change-seconds) tells."
+        )
+    return [sentence for sentence in said if sentence]
 
 
 def _of_kind(kind: str, rungs: Sequence[Rung]) -> str:
-    if kind == CLIPPING:
-        kept = min(rung.words for rung in rungs)
-        return f"Clipping alone leaves {_share(kept)} of the words: it scales the update and hides nothing."
+    """What one kind of change does; nothing where time was too short to say."""
+    best = max(rungs, key=lambda rung: rung.words)
+    stopped = [rung for rung in rungs if _silent(rung)]
+    if kind == CLIPPING and best.words >= STOPPED:
+        return f"Clipping alone leaves {_left(best)}: it scales the update and hides nothing."
     if kind == NOISE:
         return _of_noise(rungs)
-    best = max(rungs, key=lambda rung: rung.words)
-    stopped = [rung.name for rung in rungs if rung.words < STOPPED]
-    said = f"{kind.capitalize()}: “{best.name}” leaves {_share(best.words)}"
-    return f"{said}; this attack fails with “{'”, “'.join(stopped)}”." if stopped else f"{said}; nothing stops it."
+    failing = f"this attack fails with “{'”, “'.join(rung.name for rung in stopped)}”" if stopped else ""
+    through = f"“{best.name}” leaves {_left(best)}" if best.words >= STOPPED else ""
+    said = "; ".join(filter(None, (through, failing)))
+    return f"{kind.capitalize()}: {said}." if said else ""
 
 
 def _of_noise(rungs: Sequence[Rung]) -> str:
     through = [rung for rung in rungs if rung.words >= STOPPED]
-    silent = [rung for rung in rungs if rung.words < STOPPED]
-    if not through:
-        return "Noise: the least that was tried keeps this attack below a fifth of the words."
-    last = through[-1]
-    said = f"Noise: {last.level:.2g} times as long as the update, it still leaves {_share(last.words)} of the words"
-    return f"{said}; {silent[0].level:.2g} times as long, less than a fifth." if silent else f"{said}."
+    last = through[-1].level if through else 0.0
+    silent = [rung for rung in rungs if _silent(rung) and rung.level > last]
+    said = []
+    if through:
+        said.append(f"{_times(last)} as long as the update, it leaves {_left(through[-1])}")
+    if silent:
+        said.append(f"{_times(silent[0].level)} as long, this attack reads less than a fifth")
+    return f"Noise: {'; '.join(said)}." if said else ""
 
 
-def _share(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def _silent(rung: Rung) -> bool:
+    """Whether the attack read next to nothing, and had the time to."""
+    return rung.words < STOPPED and not rung.late
+
+
+def _left(rung: Rung) -> str:
+    return f"{'at least ' if rung.late else ''}{100 * rung.words:.0f} % of the words"
+
+
+def _times(level: float) -> str:
+    return f"{100 * level:g} %" if level < 1 else f"{level:,.0f} times"
