@@ -15,11 +15,14 @@ from dager_tutorial.client.adapters import LoraConfig, hand_out
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.step import play
 from dager_tutorial.evaluation import changes
-from dager_tutorial.evaluation.ladder import climb, taken_for_true
+from dager_tutorial.evaluation.ladder import UNREADABLE, Rung, climb, taken_for_true
+from dager_tutorial.reconstruction import Reconstruction
+from dager_tutorial.report import sentences
 from dager_tutorial.report.facts import About, gather, with_ladder
 from dager_tutorial.report.page import page
 from dager_tutorial.report.sent import Source
 from dager_tutorial.server.attack import attack
+from dager_tutorial.status import Certainty, Confirmation, Status
 from dager_tutorial.update import Update
 
 TEXTS = ["hungry husband breakfast", "sister kitchen hospital holiday", "beautiful mountain winter"]
@@ -237,3 +240,22 @@ def test_a_mistake_is_one_line(message, arguments, folder, captured, tmp_path, c
     assert not output and line.startswith("dager: error: ") and line.count("\n") == 1
     assert message in line
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("audit.html", "mine")]
+
+
+def test_every_status_has_its_words():
+    assert set(sentences.SHORT) == {status.value for status in Status} | {UNREADABLE}
+    for status in Status:
+        said = sentences.headline(Reconstruction((), (), (), status), None)
+        assert said.severity == "open" and sentences.NO_PROOF in said.reason
+        proven = Reconstruction(((5,),), ("a",), (1.0,), status, (Confirmation(Certainty.WHOLE),))
+        said = sentences.headline(proven, None)
+        assert said.severity == "severe" and ("only text" in said.sentence) is status.claims_all
+
+
+def test_what_was_stopped_by_the_clock_is_not_called_stopped_by_the_change():
+    clipped = Rung("clipping", "clipped", 0.1, 0.0, "certified", 1.0, 1.0, 1.0, 0, 1.0)
+    noise = [Rung("noise", f"{level}", level, 0.0, "partial", 0.0, 0.1, 0.0, 0, 1.0) for level in (0.1, 1.0)]
+    said = sentences.ladder_summary([clipped, replace(noise[0], status="out_of_time"), noise[1]])
+    assert said[0].startswith("Clipping alone leaves 100 %")
+    assert said[1] == "Noise 1 times as long as the update keeps this attack below a fifth."
+    assert said[2].startswith("For 1 of 3 lines the time was too short")

@@ -23,6 +23,9 @@ from dager_tutorial.server.budget import AttackConfig, Progress
 from dager_tutorial.status import Status
 from dager_tutorial.update import Update
 
+UNREADABLE = "unreadable"
+"""The status of a change that leaves no update: numbers beyond the rounded type, or nothing the model knows."""
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -33,7 +36,7 @@ class Rung:
         name: See `Change`.
         level: See `Change`.
         deviation: Standard deviation of the noise that a number got, over the length of the update; 0 for others.
-        status: What the attack knows.
+        status: What the attack knows; `UNREADABLE` where nothing could be attacked.
         exact: Share of the texts that came back token by token.
         words: Mean ROUGE-1 of the texts: the share of their tokens that came back, in any order.
         confirmed: Share of the texts that came back and that the attack knows to be right.
@@ -132,7 +135,7 @@ def taken_for_true(model: LanguageModel, found: Reconstruction) -> Truth | None:
 def _rung(change: Change, found: Reconstruction | None, truth: Truth, deviation: float, seconds: float) -> Rung:
     shared = (change.kind, change.name, change.level, deviation)
     if found is None:
-        return Rung(*shared, "unreadable", 0.0, 0.0, 0.0, 0, seconds)
+        return Rung(*shared, UNREADABLE, 0.0, 0.0, 0.0, 0, seconds)
     points, wanted = metrics.score(found, truth), metrics.wanted(found, truth)
     certain = set(found.confirmed)
     known = sum(ids in certain for ids in wanted) / len(wanted)

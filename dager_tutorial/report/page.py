@@ -12,7 +12,6 @@ from dager_tutorial.evaluation.changes import NOISE
 from dager_tutorial.report import pictures, sentences
 from dager_tutorial.report.facts import Facts
 from dager_tutorial.report.readings import most_rows
-from dager_tutorial.status import Status
 
 HIDDEN = "▮" * 12
 """What stands in place of a text, however long it is."""
@@ -34,7 +33,7 @@ def page(facts: Facts) -> str:
         facts=facts,
         hidden=HIDDEN,
         certainties=sentences.CERTAINTIES,
-        meanings={status.value: status.meaning for status in Status},
+        said=sentences.SHORT,
         no_proof=sentences.NO_PROOF,
         weighed=any(text.copies is not None for text in facts.given.texts),
         rows=most_rows(facts.readings.maps),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dager_tutorial.evaluation.changes import CLIPPING, NOISE, UNCHANGED
-from dager_tutorial.evaluation.ladder import Rung
+from dager_tutorial.evaluation.ladder import UNREADABLE, Rung
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.status import Status
 
@@ -14,6 +14,21 @@ NO_PROOF = "This is no proof that it is safe: another attack, or one with more t
 SEVERE, SERIOUS, OPEN = "severe", "serious", "open"
 """Everything or proven texts are read; something is; nothing is, which proves nothing."""
 
+SHORT = {
+    Status.CERTIFIED.value: "all, proven",
+    Status.TEXTS_COMPLETE.value: "all, proven",
+    Status.ROWS_COMPLETE.value: "all, proven but for ends",
+    Status.ENDS_CONFIRMED.value: "as many as there are",
+    Status.PARTIAL.value: "a part",
+    Status.SATURATED.value: "too full to test all",
+    Status.NOISE.value: "only noise",
+    Status.BELOW_ROUNDING.value: "mostly rounding",
+    Status.NO_SIGNAL.value: "nothing to read",
+    Status.OUT_OF_TIME.value: "time was too short",
+    Status.WRONG_MODEL.value: "nothing that fits",
+    UNREADABLE: "not readable",
+}
+"""What the attack says of itself, in a table's few words."""
 STOPPED = 0.2
 """Share of the words below which this attack is said to fail: chance and common words give about a tenth."""
 
@@ -147,10 +162,10 @@ def _of_noise(rungs: Sequence[Rung]) -> str:
     silent = [rung for rung in rungs if _silent(rung) and rung.level > last]
     said = []
     if through:
-        said.append(f"{_times(last)} as long as the update, it leaves {_left(through[-1])}")
+        said.append(f"{_long(last)} leaves {_left(through[-1])}")
     if silent:
-        said.append(f"{_times(silent[0].level)} as long, this attack reads less than a fifth")
-    return f"Noise: {'; '.join(said)}." if said else ""
+        said.append(f"{_long(silent[0].level)} keeps this attack below a fifth")
+    return f"Noise {'; '.join(said)}." if said else ""
 
 
 def _silent(rung: Rung) -> bool:
@@ -162,5 +177,5 @@ def _left(rung: Rung) -> str:
     return f"{'at least ' if rung.late else ''}{100 * rung.words:.0f} % of the words"
 
 
-def _times(level: float) -> str:
-    return f"{100 * level:g} %" if level < 1 else f"{level:,.0f} times"
+def _long(level: float) -> str:
+    return f"as long as {100 * level:g} % of the update" if level < 1 else f"{level:,.0f} times as long as the update"
