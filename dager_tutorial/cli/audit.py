@@ -32,6 +32,7 @@ from dager_tutorial.cli.parties import COMPUTING, Before, attacked, limits_of, r
 from dager_tutorial.cli.progress import progress, stoppable, waiting
 from dager_tutorial.cli.training import TrainingOptions
 from dager_tutorial.errors import DagerError
+from dager_tutorial.stopwatch import return_memory
 
 if TYPE_CHECKING:
     from dager_tutorial.client.batch import Truth
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from dager_tutorial.update import Update
 
 PAGE = Path("audit.html")
-LEAST_SECONDS = 10.0  # for a changed update
+LEAST_SECONDS, MEMORY_MB = 10.0, 64  # for a changed update, whose copy stands beside the one that was sent
 PRIVATE = ("text", "label")  # options whose values are the batch itself
 SEVERITIES = {"severe": "bold red", "serious": "bold yellow", "open": "bold blue"}
 
@@ -167,6 +168,7 @@ def _live(
 
     with waiting(COMPUTING):
         update, truth = training.play(language_model, texts, labels, config)
+    return_memory()
     return Case(language_model, update, Source(), head_of(config, truth.labels), truth)
 
 
@@ -216,7 +218,7 @@ def _audited(case: Case, report: ReportOptions, limits: AttackConfig, about: Abo
     goal = case.truth or taken_for_true(case.model, found)
     if goal is None or not report.changes:
         return facts
-    limits = replace(limits, time_budget=report.seconds(found.seconds["total"]))
+    limits = replace(limits, time_budget=report.seconds(found.seconds["total"]), memory_mb=MEMORY_MB)
     return with_ladder(facts, _climbed(case, goal, found, limits))
 
 
@@ -226,6 +228,7 @@ def _climbed(case: Case, goal: Truth, found: Reconstruction, limits: AttackConfi
     from dager_tutorial.evaluation.ladder import climb
 
     rungs, changes = [], usual_changes(case.model, case.update)
+    return_memory()
     with progress() as advance, stoppable() as stop:
         tried = climb(
             case.model,
@@ -241,6 +244,7 @@ def _climbed(case: Case, goal: Truth, found: Reconstruction, limits: AttackConfi
             if stop():
                 break
             rungs.append(rung)
+            return_memory()
     return tuple(rungs)
 
 
