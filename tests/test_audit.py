@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -20,7 +21,7 @@ from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.report import sentences
 from dager_tutorial.report.facts import About, gather, with_ladder
 from dager_tutorial.report.page import page
-from dager_tutorial.report.sent import Source
+from dager_tutorial.report.sent import Source, source_of
 from dager_tutorial.server.attack import attack
 from dager_tutorial.status import Certainty, Confirmation, Status
 from dager_tutorial.update import Update
@@ -259,3 +260,9 @@ def test_what_was_stopped_by_the_clock_is_not_called_stopped_by_the_change():
     assert said[0].startswith("Clipping alone leaves 100 %")
     assert said[1] == "Noise 1 times as long as the update keeps this attack below a fifth."
     assert said[2].startswith("For 1 of 3 lines the time was too short")
+
+
+def test_a_checkpoint_is_known_by_the_hash_of_its_optimiser_state(tmp_path):
+    (tmp_path / "optimizer.pt").write_bytes(b"state")
+    known = Source("optimizer.pt", 5, hashlib.sha256(b"state").hexdigest())
+    assert source_of(tmp_path) == source_of(tmp_path / "optimizer.pt") == known

@@ -260,7 +260,8 @@ def _about(context: typer.Context, case: Case, *, live: bool, shown: bool) -> Ab
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
         "transformers": transformers.__version__,
-        "computed on": f"{case.model.device.type}, {torch.get_num_threads()} threads",
+        "device": case.model.device.type,
+        "threads": str(torch.get_num_threads()),
     }
     return About(_command(context, shown), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", versions, live)
 

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 from dager_tutorial.evaluation.ladder import Rung
 from dager_tutorial.report.readings import MapReading, Spectrum
+from dager_tutorial.report.sentences import PRIVATE
 
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 12.0, 34.0
 CLOSE = 0.1
@@ -137,6 +138,8 @@ def draw_noise(rungs: Sequence[Rung]) -> str:
     frame.ticks_up([(0, "0 %"), (0.5, "50 %"), (1, "100 %")])
     powers = range(math.ceil(min(levels)), math.floor(max(levels)) + 1)
     frame.ticks_across([(power, _power(power)) for power in powers], "length of the noise over that of the update")
+    if rungs[-1].deviation >= PRIVATE:
+        frame.text(frame.right, frame.bottom - 8, "differential privacy", "end")
     for kind, values in (("words", [rung.words for rung in rungs]), ("exact", [rung.exact for rung in rungs])):
         frame.path(zip(levels, values, strict=True), kind)
         for level, value, rung in zip(levels, values, rungs, strict=True):

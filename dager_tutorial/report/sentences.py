@@ -18,7 +18,7 @@ SHORT = {
     Status.CERTIFIED.value: "all, proven",
     Status.TEXTS_COMPLETE.value: "all, proven",
     Status.ROWS_COMPLETE.value: "all, proven but for ends",
-    Status.ENDS_CONFIRMED.value: "as many as there are",
+    Status.ENDS_CONFIRMED.value: "all, by their ends",
     Status.PARTIAL.value: "a part",
     Status.SATURATED.value: "too full to test all",
     Status.NOISE.value: "only noise",
@@ -29,6 +29,8 @@ SHORT = {
     UNREADABLE: "not readable",
 }
 """What the attack says of itself, in a table's few words."""
+PRIVATE = 1.0
+"""Standard deviation of a number over the length of the update that is usual in differential privacy."""
 STOPPED = 0.2
 """Share of the words below which this attack is said to fail: chance and common words give about a tenth."""
 
@@ -165,6 +167,8 @@ def _of_noise(rungs: Sequence[Rung]) -> str:
         said.append(f"{_long(last)} leaves {_left(through[-1])}")
     if silent:
         said.append(f"{_long(silent[0].level)} keeps this attack below a fifth")
+    if rungs[-1].deviation >= PRIVATE:
+        said.append(f"noise with a proof, of differential privacy, would be {_long(rungs[-1].level)}")
     return f"Noise {'; '.join(said)}." if said else ""
 
 
