@@ -13,7 +13,7 @@ from dager_tutorial.report import pictures, sentences
 from dager_tutorial.report.facts import Facts
 from dager_tutorial.report.readings import most_rows
 
-HIDDEN = "▮" * 12
+HIDDEN = "▮" * 8
 """What stands in place of a text, however long it is."""
 
 

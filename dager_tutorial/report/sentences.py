@@ -109,7 +109,7 @@ def _all(found: Reconstruction) -> str:
 
 def _proof(found: Reconstruction) -> str:
     if found.status is Status.CERTIFIED and found.unexplained is not None:
-        return f"{PROOFS[found.status]}; {found.unexplained:.1g} of its length remains, which is rounding."
+        return f"{PROOFS[found.status]}; {100 * found.unexplained:.1g} % of it is left over, which is rounding."
     return PROOFS[found.status]
 
 
