@@ -142,7 +142,8 @@ def test_a_live_audit_computes_the_update_and_keeps_the_texts_out_of_the_command
     assert [word for word in PRIVATE if word in (written + record).lower()] == []
     facts = json.loads(record)
     assert facts["about"]["live"] and facts["about"]["command"].count("--text '▮▮▮▮'") == len(TEXTS)
-    assert "--label 7" not in facts["about"]["command"] and said in written
+    assert facts["about"]["command"].startswith("dager audit --model ") and "--label 7" not in facts["about"]["command"]
+    assert said in written
     assert facts["sent"]["source"]["file"] is None and facts["compared"]["exact"] == len(TEXTS)
     kinds = {rung["kind"] for rung in facts["ladder"]}
     assert kinds == {"as sent", "clipping", "noise", "rounding", "sharing"}

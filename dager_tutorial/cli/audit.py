@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +30,7 @@ from dager_tutorial.cli.options import (
 from dager_tutorial.cli.parties import COMPUTING, Before, attacked, limits_of, received
 from dager_tutorial.cli.progress import progress, stoppable, waiting
 from dager_tutorial.cli.training import TrainingOptions
+from dager_tutorial.cli.typed import typed
 from dager_tutorial.errors import DagerError
 from dager_tutorial.stopwatch import return_memory
 
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 PAGE = Path("audit.html")
 LEAST_SECONDS, MEMORY_MB = 10.0, 64  # for a changed update, whose copy stands beside the one that was sent
-PRIVATE = ("text", "label")  # options whose values are the batch itself
 SEVERITIES = {"severe": "bold red", "serious": "bold yellow", "open": "bold blue"}
 
 
@@ -263,33 +262,7 @@ def _about(context: typer.Context, case: Case, *, live: bool, shown: bool) -> Ab
         "device": case.model.device.type,
         "threads": str(torch.get_num_threads()),
     }
-    return About(_command(context, shown), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", versions, live)
-
-
-def _command(context: typer.Context, shown: bool) -> str:
-    """The command that was given, without the values that are the batch where texts are hidden."""
-    words = ["dager", "audit"]
-    for parameter in context.command.params:
-        source = context.get_parameter_source(str(parameter.name))
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        value = context.params[str(parameter.name)]
-        values = value if isinstance(value, list | tuple) else [value]
-        if parameter.name in PRIVATE and not shown:
-            values = ["▮▮▮▮" for _ in values]
-        for each in values:
-            words += _word(parameter, each)
-    return " ".join(words)
-
-
-def _word(parameter: object, value: object) -> list[str]:
-    """An option with its value, as one types it."""
-    names = [name for name in getattr(parameter, "opts", []) if name.startswith("-")]
-    if not names:
-        return [shlex.quote(str(value))]
-    if isinstance(value, bool):
-        return [names[0] if value else [*getattr(parameter, "secondary_opts", []), *names][0]]
-    return [max(names, key=len), shlex.quote(str(value))]
+    return About(typed(context, shown=shown), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", versions, live)
 
 
 def _shown(facts: Facts) -> list[Text | Table]:
