@@ -15,6 +15,7 @@ from dager_tutorial.report.readings import most_rows
 
 HIDDEN = "▮" * 8
 """What stands in place of a text, however long it is."""
+NO_BREAK = chr(0xA0)
 
 
 def page(facts: Facts) -> str:
@@ -53,14 +54,14 @@ def _pictures(facts: Facts) -> dict[str, object]:
 
 
 def _percent(share: float) -> str:
-    """A share for people: no digits behind the point, but none is rounded to all or nothing.
+    """A share for people: no digits behind the point, but none is rounded to all or nothing, and nothing breaks.
 
-    >>> _percent(0.5), _percent(0.9999), _percent(0.0001), _percent(1)
-    ('50 %', '> 99 %', '< 1 %', '100 %')
+    >>> [_percent(share).replace(NO_BREAK, " ") for share in (0.5, 0.9999, 0.0001, 1)]
+    ['50 %', '> 99 %', '< 1 %', '100 %']
     """
     if 0 < share < 0.01:
-        return "< 1 %"
-    return "> 99 %" if 0.99 < share < 1 else f"{100 * share:.0f} %"
+        return f"<{NO_BREAK}1{NO_BREAK}%"
+    return f">{NO_BREAK}99{NO_BREAK}%" if 0.99 < share < 1 else f"{100 * share:.0f}{NO_BREAK}%"
 
 
 def _short(value: float | None) -> str:

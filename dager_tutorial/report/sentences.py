@@ -117,10 +117,10 @@ def _unproven(found: Reconstruction) -> tuple[str, str]:
     """Sentence and reason where there are texts, and none is proven."""
     whole = sum(each.certainty.value == "rows" for each in found.confirmations)
     if whole:
-        sentence = f"Token by token, {_texts(whole)} could be read, but not proven to be complete."
+        sentence = f"{_texts(whole)}, or beginnings of texts, could be read token by token; they are not proven."
     else:
         sentence = f"No text could be proven; {_texts(len(found.sequences))} were guessed, which may be right in part."
-    return sentence, f"Treat them as disclosed until the owner has compared them. {NO_PROOF}"
+    return sentence, "Treat them as disclosed until the owner has compared them; more may be readable."
 
 
 def _texts(count: int) -> str:
