@@ -251,7 +251,7 @@ def test_every_status_has_its_words():
         assert said.severity == "open" and sentences.NO_PROOF in said.reason
         proven = Reconstruction(((5,),), ("a",), (1.0,), status, (Confirmation(Certainty.WHOLE),))
         said = sentences.headline(proven, None)
-        assert said.severity == "severe" and ("only text" in said.sentence) is status.claims_all
+        assert said.severity == "severe" and ("at least" in said.sentence) is not status.claims_all
 
 
 def test_what_was_stopped_by_the_clock_is_not_called_stopped_by_the_change():

@@ -100,8 +100,10 @@ def headline(found: Reconstruction, named: int | None) -> Headline:
 
 def _all(found: Reconstruction) -> str:
     """The sentence where nothing is missing."""
-    certified = found.status is Status.CERTIFIED and found.batch_size
-    size = found.batch_size if certified else len(found.sequences)  # without a proof, weights are no counts
+    certified = found.status is Status.CERTIFIED  # without that proof, weights are no counts
+    size = (found.batch_size if certified else None) or len(found.sequences)
+    if found.status is Status.ROWS_COMPLETE:
+        return f"This update gives away all that the network saw: {_texts(size)}, word for word."
     if size == 1:
         return "This update gives away its only text, word for word."
     return f"This update gives away all {size:,} texts, word for word."
