@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dager_tutorial.client.batch import Truth
 from dager_tutorial.errors import UpdateError
 from dager_tutorial.evaluation import metrics
-from dager_tutorial.evaluation.changes import NOISE, UNCHANGED, Change
+from dager_tutorial.evaluation.changes import NOISE, ROUNDING, UNCHANGED, Change
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel, frame_ids
 from dager_tutorial.reconstruction import Reconstruction
@@ -98,7 +98,7 @@ def climb(
             continue
         start = time.perf_counter()
         try:
-            found: Reconstruction | None = attack(model, change.make(update), head=head, config=config)
+            found: Reconstruction | None = attack(model, change.make(update), head=head, config=_cost(change, config))
         except UpdateError:  # numbers that leave the range of the rounded type, or nothing that is left to read
             found = None
         yield _rung(change, found, truth, deviation, time.perf_counter() - start)
@@ -130,6 +130,12 @@ def taken_for_true(model: LanguageModel, found: Reconstruction) -> Truth | None:
         hidden_size=model.hidden_size,
         frame=frame,
     )
+
+
+def _cost(change: Change, config: AttackConfig | None) -> AttackConfig:
+    """What the attack on a changed update may cost: no simulation gives a noised step, so that it is only searched."""
+    config = config or AttackConfig()
+    return replace(config, complete=config.complete and change.kind not in (NOISE, ROUNDING))
 
 
 def _rung(change: Change, found: Reconstruction | None, truth: Truth, deviation: float, seconds: float) -> Rung:
