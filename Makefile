@@ -77,7 +77,7 @@ handouts: setup ## Write each chapter for students, without solutions and answer
 	$(BIN)/python book/_tools/notebooks.py handouts
 
 pages: slides pdf ## Look at every page of the book and every slide in a headless browser.
-	DAGER_PAGES=1 $(BIN)/python -m pytest tests/test_pages.py
+	DAGER_PAGES=1 $(BIN)/python -m pytest tests/test_pages.py tests/test_audit_page.py
 
 serve: slides ## Show the book at http://localhost:8000.
 	$(BIN)/python -m http.server --directory _build/html 8000

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line that names the culprit and says what to do."""
+"""Errors that a user can mend: one line that names the culprit and says what to do, and shows nothing unescaped."""
 
 from __future__ import annotations
 
@@ -31,3 +31,17 @@ def quote(value: object, limit: int = 120) -> str:
     """
     text = str(value)
     return repr(text if len(text) <= limit else f"{text[: limit - 3]}...")
+
+
+def printable(text: str) -> str:
+    """Make a stranger's text safe to print: line breaks become a sign, control codes a replacement character.
+
+    Args:
+        text: Any text.
+
+    Example:
+        >>> printable("two" + chr(10) + "lines and a bell" + chr(7)) == "two↵lines and a bell�"
+        True
+    """
+    signs = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", " ")
+    return "".join(sign if sign.isprintable() else "�" for sign in signs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import psutil
@@ -58,6 +59,12 @@ class Stopwatch:
 def available_memory() -> int:
     """Bytes of memory that this machine has free, without swapping."""
     return psutil.virtual_memory().available
+
+
+def return_memory() -> None:
+    """Hand back what was freed: glibc would keep it for this process."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries do it themselves
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory_mb() -> float:

@@ -70,6 +70,8 @@ def test_commands_mean_the_same_by_an_option():
     assert differing == {
         "--batch-size": 5,  # of the demonstration, of a batch, of a series, of one benchmark, of growing ones
         "--data": 3,  # of a batch, of a benchmark, of a series
+        "-o": 2,
+        "--out": 2,  # an update, and an audit's page
         "--seed": 2,  # `models export` draws weights and nothing else
         "--time-budget": 2,  # `bench encoder` does not stop the textbook
     }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +12,7 @@ from typer import Option
 from dager_tutorial.cli import display, output
 from dager_tutorial.cli.options import ModelOptions, OutputOptions, Seed, flattened
 from dager_tutorial.cli.progress import progress, waiting
+from dager_tutorial.stopwatch import return_memory
 
 if TYPE_CHECKING:
     from dager_tutorial.client.batch import Truth
@@ -94,14 +93,8 @@ def _captured(model: LanguageModel, batch_size: int, seed: int) -> tuple[Update,
     with waiting("the client computes its update"):
         update, truth = play(model, texts, labels, config=config)
     captured = time.perf_counter() - start
-    _return_memory()
+    return_memory()  # 200 MB of activations
     return update, truth, head_of(config, labels), captured
-
-
-def _return_memory() -> None:
-    """Hand back what the client freed: glibc would keep 200 MB of activations."""
-    with suppress(AttributeError, OSError, TypeError):  # other C libraries do it themselves
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _show_received(console: Console, model: LanguageModel, update: Update) -> None:

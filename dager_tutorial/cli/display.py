@@ -15,6 +15,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from dager_tutorial.errors import printable
+
 if TYPE_CHECKING:
     from dager_tutorial.evaluation.metrics import Pair
     from dager_tutorial.reconstruction import Reconstruction
@@ -41,20 +43,6 @@ CERTAINTIES = {  # by what a text is confirmed: the colour, and what it means
     "-": ("dim", "not said"),
 }
 STAGES = ("subspace", "filter", "search", "completion")
-
-
-def printable(text: str) -> str:
-    """Make a stranger's text safe to print: line breaks become a sign, control codes a replacement character.
-
-    Args:
-        text: Any text.
-
-    Example:
-        >>> printable("two" + chr(10) + "lines and a bell" + chr(7)) == "two↵lines and a bell�"
-        True
-    """
-    signs = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", " ")
-    return "".join(sign if sign.isprintable() else "�" for sign in signs)
 
 
 def plain(value: Any) -> str:

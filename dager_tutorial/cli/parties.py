@@ -86,8 +86,8 @@ def recover(
     results: OutputOptions,
 ) -> None:
     """Play the server: recover the batch from an update file, the model and its head, and from nothing else."""
-    limits, known = _limits(seed, time_budget, completion, prompt), head.load(seed)
-    found = _attacked(*_received(update, model, before), known, limits)
+    limits, known = limits_of(seed, time_budget, completion, prompt), head.load(seed)
+    found = attacked(*received(update, model, before), known, limits)
     table = display.recovered_table(found) if found.sequences else "nothing was recovered"
     results.finish(found.to_json(), display.status_lines(found), table, display.times_table(found.seconds))
 
@@ -129,13 +129,13 @@ def attack(
 ) -> None:
     """Capture, recover and score in one go: how much would this batch give away?"""
     texts, labels = batch.draw(seed, label)
-    config, limits, language_model = client.config(seed), _limits(seed, time_budget, completion, prompt), model.load()
+    config, limits, language_model = client.config(seed), limits_of(seed, time_budget, completion, prompt), model.load()
     from dager_tutorial.client.step import head_of
     from dager_tutorial.evaluation import metrics
 
     with waiting(COMPUTING):
         update, truth = training.play(language_model, texts, labels, config)
-    found = _attacked(language_model, update, head_of(config, truth.labels), limits)
+    found = attacked(language_model, update, head_of(config, truth.labels), limits)
     points = metrics.score(found, truth)
     shown = (display.status_lines(found), *_compared(points), display.times_table(found.seconds))
     results.finish(found.to_json() | points.to_json(), *shown)
@@ -148,14 +148,23 @@ def inspect(
     """Show an update's ranks, noise floors and what can be expected of an attack."""
     from dager_tutorial.server.inspection import inspect_update
 
-    language_model, loaded = _received(update, model, before)
+    language_model, loaded = received(update, model, before)
     inspection = inspect_update(language_model, loaded)
     about = display.facts({"update": update, "kind": loaded.kind, "tensors": len(loaded.gradients)})
     results.finish(inspection.to_json(), about, display.ranks_table(inspection.rows), inspection.verdict)
 
 
-def _received(path: Path, model: ModelOptions, before: Path | None) -> tuple[LanguageModel, Update]:
-    """The model and the update, which a checkpoint's optimiser state names by the model's parameters."""
+def received(path: Path, model: ModelOptions, before: Path | None) -> tuple[LanguageModel, Update]:
+    """The model and the update, which a checkpoint's optimiser state names by the model's parameters.
+
+    Args:
+        path: The update's file, or a checkpoint.
+        model: Which model.
+        before: The checkpoint one step earlier.
+
+    Raises:
+        DagerError: One of them cannot be read.
+    """
     from dager_tutorial.optimizer_state import is_optimizer_state, update_of_state
     from dager_tutorial.update import Update
 
@@ -168,15 +177,29 @@ def _received(path: Path, model: ModelOptions, before: Path | None) -> tuple[Lan
     return model.load(), loaded
 
 
-def _limits(seed: int, time_budget: float | None, complete: bool, prompt: str) -> AttackConfig:
-    """What the attack may cost."""
+def limits_of(seed: int, time_budget: float | None, complete: bool, prompt: str = "") -> AttackConfig:
+    """What the attack may cost.
+
+    Args:
+        seed: Seed of the search.
+        time_budget: Seconds; None for no limit.
+        complete: Whether to prove what was found.
+        prompt: What every text is said to begin with.
+    """
     from dager_tutorial.server.budget import AttackConfig
 
     return AttackConfig(seed=seed, time_budget=time_budget, complete=complete, prompt=prompt)
 
 
-def _attacked(model: LanguageModel, update: Update, head: Head | None, limits: AttackConfig) -> Reconstruction:
-    """Recover the batch from the update, with a progress bar where somebody watches; Ctrl-C gives what was found."""
+def attacked(model: LanguageModel, update: Update, head: Head | None, limits: AttackConfig) -> Reconstruction:
+    """Recover the batch from the update, with a progress bar where somebody watches; Ctrl-C gives what was found.
+
+    Args:
+        model: The model both sides know.
+        update: What the client sent.
+        head: See `server.attack.attack`.
+        limits: What it may cost.
+    """
     from dager_tutorial.server.attack import attack
 
     with progress() as advance, stoppable() as stop:
