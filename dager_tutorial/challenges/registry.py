@@ -161,6 +161,6 @@ def _envelope(record: dict[str, Any], models: dict[str, Any], folder: Path) -> E
     """One record, with the model that it names written out."""
     model = models[record["model"]]
     told = {key: str(record[key]) for key in ("title", "story", "setting")}
-    number, seed = int(record["number"]), int(record["seed"])
-    known = {"config": dict(model["config"]), "adapter": dict(model.get("adapter", {}))}
-    return Envelope(number, **told, **known, seed=seed, share=tuple(model["share"]), folder=folder)
+    number, seed, adapter = int(record["number"]), int(record["seed"]), dict(model.get("adapter", {}))
+    config, share = dict(model["config"]), tuple(model["share"])
+    return Envelope(number, **told, config=config, seed=seed, share=share, adapter=adapter, folder=folder)
