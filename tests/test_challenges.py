@@ -120,12 +120,13 @@ def test_what_is_no_text_is_refused(seal, text):
 # ---- the shipped set
 
 
-def test_twelve_envelopes_are_shipped_and_small():
-    assert list(range(1, 13)) == ALL
+def test_fourteen_envelopes_are_shipped_and_small():
+    assert list(range(1, 15)) == ALL
     assert sum(each.path.stat().st_size for each in registry.envelopes()) < 3_000_000
     assert [each.seal().goal for each in registry.envelopes()][:8] == ["whole"] * 8
-    assert registry.envelope(10).seal().goal == "whole" and registry.envelope(12).seal().goal == "cause"
-    assert len({each.seal().salt for each in registry.envelopes()}) == 12
+    assert {registry.envelope(number).seal().goal for number in (10, 13, 14)} == {"whole"}
+    assert registry.envelope(12).seal().goal == "cause"
+    assert len({each.seal().salt for each in registry.envelopes()}) == 14
 
 
 @pytest.mark.parametrize("number", QUICK)
@@ -219,6 +220,15 @@ def test_list_get_recover_submit(tmp_path, capsys, monkeypatch):
     assert Path("envelope-01.json").read_bytes() == before
 
 
+def test_an_adapter_is_handed_out_with_its_envelope(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["challenge", "get", "14"]) == main(["challenge", "get", "14"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].split()
+    assert "--adapter" in command and main(command[1:]) == 0
+    assert main(["challenge", "submit", "14", "--json", "envelope-14.json"]) == 0
+    assert "full marks: the whole batch" in capsys.readouterr().out
+
+
 def test_a_cause_comes_from_the_option_or_from_the_file(tmp_path, capsys):
     path = tmp_path / "found.json"
     record = {"sequences": [], "texts": [], "scores": [], "status": "noise"}
@@ -232,7 +242,7 @@ def test_a_cause_comes_from_the_option_or_from_the_file(tmp_path, capsys):
     assert "5 points, full marks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", ["0", "13", "-1", "one", "999999999999999999999"])
+@pytest.mark.parametrize("number", ["0", "15", "-1", "one", "999999999999999999999"])
 def test_there_is_no_such_envelope(number, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in (["get", "--", number], ["submit", "--json", "found.json", "--", number]):

@@ -2,7 +2,8 @@
 
 Chapter `16_sealed_envelopes`. The folder of the set holds `envelopes.toml`, which everybody may read. The private texts
 are a TOML file that stays with the instructor: for each envelope a table `[envelope.N]` with `texts` and, where wanted,
-`labels`, `client` (options of `ClientConfig`), `noise` (a multiple of each gradient's root mean square) and `cause`.
+`labels`, `client` (options of `ClientConfig`), `training` (of `LocalTraining`), `noise` (a multiple of each gradient's
+root mean square) and `cause`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from dager_tutorial.challenges.registry import SHIPPED, Envelope, envelopes
 from dager_tutorial.challenges.seals import SEALS, Seal, sealed, seals_text
 from dager_tutorial.client.batch import Truth
 from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.client.federated import LocalTraining, play_locally
 from dager_tutorial.client.step import play
 from dager_tutorial.errors import DagerError
 from dager_tutorial.models.language_model import LanguageModel
@@ -45,7 +48,20 @@ def one_step(model: LanguageModel, envelope: Envelope, private: Private) -> tupl
     return (_noisy(update, float(private["noise"])) if "noise" in private else update), truth
 
 
-MAKERS: dict[str, Maker] = {"one step": one_step}
+def federated_averaging(model: LanguageModel, envelope: Envelope, private: Private) -> tuple[Update, Truth]:
+    """A round of local training, as the private record says; what travels is how far the weights moved.
+
+    Args:
+        model: The envelope's.
+        envelope: What the red team is told.
+        private: The instructor's record.
+    """
+    config = ClientConfig(**{"share": envelope.share, **private.get("client", {})})
+    training = LocalTraining(**private.get("training", {}))
+    return play_locally(model, private["texts"], private.get("labels"), config=config, training=training)
+
+
+MAKERS: dict[str, Maker] = {"one step": one_step, "federated averaging": federated_averaging}
 """How an update is made, by the setting that a record names. A chapter that adds a setting adds an entry."""
 
 
@@ -77,7 +93,7 @@ def _filled(envelope: Envelope, private: Private) -> Seal:
     """Write one update file, attack it to learn what full marks can ask for, and seal its texts."""
     model = envelope.model()
     update, truth = MAKERS[envelope.setting](model, envelope, private)
-    Update(update.gradients, model=envelope.name).save(envelope.path)
+    replace(update, model=envelope.name).save(envelope.path)
     envelope.path.chmod(0o644)
     found, texts = set(attack(model, update).confirmed), set(truth.sequences)
     least = len(found & texts)

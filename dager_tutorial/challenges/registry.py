@@ -9,7 +9,7 @@ import hashlib
 import json
 import tempfile
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,8 @@ class Envelope:
         setting: How the client made the update; a key of `build.MAKERS`.
         config: The model's configuration, as `config.json` holds it.
         seed: Seed of the model's weights.
-        share: Names of the parameters whose gradients are sent.
+        share: Names of the parameters whose gradients, or differences, are sent.
+        adapter: Rank, scaling and maps of a low-rank adapter that the server handed out; empty where there is none.
         folder: The set that it belongs to.
     """
 
@@ -47,6 +48,7 @@ class Envelope:
     config: dict[str, Any]
     seed: int
     share: tuple[str, ...]
+    adapter: dict[str, Any] = field(default_factory=dict)
     folder: Path = SHIPPED
 
     @property
@@ -95,12 +97,20 @@ class Envelope:
         return Update.load(self.path)
 
     def model(self) -> LanguageModel:
-        """The model that both sides know, drawn from its seed."""
+        """The model that both sides know, drawn from its seed, with the adapter that was handed out, if any."""
+        from dager_tutorial.challenges.handed_out import drawn
         from dager_tutorial.zoo.names import load_model
 
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(self.config), "utf-8")
-            return replace(load_model(f"random:{folder}", seed=self.seed), name=self.name)
+            model = replace(load_model(f"random:{folder}", seed=self.seed), name=self.name)
+        return model.adapted(drawn(model.network, self.adapter, self.seed)) if self.adapter else model
+
+    def adapter_files(self) -> dict[str, bytes]:
+        """The files of the adapter that the server handed out, by their names; nothing where there is none."""
+        from dager_tutorial.challenges.handed_out import contents
+
+        return contents(self.model().adapter, self.adapter) if self.adapter else {}
 
 
 def envelopes(folder: Path = SHIPPED) -> tuple[Envelope, ...]:
@@ -151,5 +161,6 @@ def _envelope(record: dict[str, Any], models: dict[str, Any], folder: Path) -> E
     """One record, with the model that it names written out."""
     model = models[record["model"]]
     told = {key: str(record[key]) for key in ("title", "story", "setting")}
-    number, seed = int(record["number"]), int(record["seed"])
-    return Envelope(number, **told, config=dict(model["config"]), seed=seed, share=tuple(model["share"]), folder=folder)
+    number, seed, adapter = int(record["number"]), int(record["seed"]), dict(model.get("adapter", {}))
+    config, share = dict(model["config"]), tuple(model["share"])
+    return Envelope(number, **told, config=config, seed=seed, share=share, adapter=adapter, folder=folder)

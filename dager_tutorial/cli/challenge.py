@@ -56,8 +56,11 @@ def get(
     content = envelope.content()
     model.mkdir(exist_ok=True)
     output.write_json(model / "config.json", envelope.config)
+    for name, part in envelope.adapter_files().items():
+        output.write_bytes(model / name, part)
     output.write_bytes(target, content)
     command = ["dager", "recover", str(target), "--model", f"random:{model}", "--model-seed", str(envelope.seed)]
+    command += ["--adapter", str(model)] if envelope.adapter else []
     facts = {"envelope": f"{number}, {envelope.title}", "known": envelope.story, "update": target, "model": model}
     output.show(display.facts(facts))
     print(f"{shlex.join([*command, '--json', f'{target.stem}.json'])}")
@@ -97,9 +100,11 @@ def _envelope(number: int, folder: Path | None) -> Envelope:
 
 
 def _model_folder(target: Path) -> Path:
-    """The folder beside an update file for its model's configuration; one that holds anything else is left alone."""
-    model = target.with_name(f"{target.stem}-model")
-    others = [path for path in model.iterdir() if path.name != "config.json"] if model.is_dir() else []
+    """The folder beside an update file for its model and adapter; one that holds anything else is left alone."""
+    from dager_tutorial.challenges.handed_out import FILES
+
+    model, own = target.with_name(f"{target.stem}-model"), {"config.json", *FILES}
+    others = [path for path in model.iterdir() if path.name not in own] if model.is_dir() else []
     if others or (model.exists() and not model.is_dir()):
         raise DagerError(f"{model}: is there and not this envelope's model; choose another name with --out")
     return model

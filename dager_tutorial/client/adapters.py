@@ -1,6 +1,6 @@
 """Training a low-rank adapter with peft: what the server hands out, and what a client then sends.
 
-Chapter `11_limits`. Needs the extra `adapters` (peft).
+Chapter `13_adapters`. Needs the extra `adapters` (peft).
 
 The client's network is peft's own: its layers around the frozen weights. It sends the gradients of A and B (and of a
 head, if there is one), under the names of peft's files.
@@ -47,7 +47,7 @@ class LoraConfig:
     Raises:
         DagerError: An option may not have its value.
 
-    See chapter `11_limits`.
+    See chapter `13_adapters`.
     """
 
     rank: int = option(8, Within(1, 2**16), "Rank of the adapter.")
@@ -86,7 +86,7 @@ def hand_out(
     Raises:
         DagerError: peft is not installed, refuses the configuration, or there are too few texts.
 
-    See chapter `11_limits`.
+    See chapter `13_adapters`.
     """
     config = config or LoraConfig()
     if len(texts) < TRAINED_ON * config.steps:

@@ -41,7 +41,7 @@ class LanguageModel:
         return int(self.network.config.hidden_size)
 
     def adapted(self, maps: LowRankMaps | nn.Module) -> LanguageModel:
-        """The same model with a low-rank adapter, its weights merged (chapter `11_limits`).
+        """The same model with a low-rank adapter, its weights merged (chapter `13_adapters`).
 
         Args:
             maps: The adapted maps by module, or the model that peft made of this one.

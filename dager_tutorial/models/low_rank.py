@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA): what the server broadcasts of one, and the network that it makes of a backbone.
 
-Chapter `11_limits`.
+Chapter `13_adapters`.
 
 An adapted map is `y = W x + scaling * B (A x)`: W is frozen, A (r x inputs) and B (outputs x r) are trained and travel.
 Both sides know them. The backbone that candidates are run through is the merged one, `W + scaling * B A`.

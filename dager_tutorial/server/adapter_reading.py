@@ -1,4 +1,4 @@
-"""From the gradients of a low-rank adapter to spans of what enters its maps (chapter `11_limits`).
+"""From the gradients of a low-rank adapter to spans of what enters its maps (chapter `13_adapters`).
 
 Of `y = W x + s B (A x)` with output gradient G the client sends `dB = s G^T (X A^T)` and `dA = s (G B)^T X`. Rows of
 dA are combinations of the inputs, as those of any gradient, but only r for each map; maps that read the same inputs

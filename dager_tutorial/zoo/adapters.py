@@ -1,6 +1,6 @@
 """Low-rank adapters as peft writes them: a configuration and a safetensors file, read without peft.
 
-Chapter `11_limits`.
+Chapter `13_adapters`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load_adapter(model: LanguageModel, folder: str | os.PathLike[str]) -> Langua
     Raises:
         ModelError: A file is missing or unreadable, the adapter is none of plain LoRA, or of another base model.
 
-    See chapter `11_limits`.
+    See chapter `13_adapters`.
     """
     place = Path(folder).expanduser()
     config, pairs = _config(place), dict[str, dict[str, Tensor]]()
