@@ -12,6 +12,7 @@ for _name, _value in {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
 }.items():
     os.environ.setdefault(_name, _value)
 
@@ -19,7 +20,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before anything of these packages is imported: under pytest every annotation is checked, shapes included.
-_CHECKED = ("challenges", "client", "evaluation", "models", "server", "textbook")
+_CHECKED = ("challenges", "client", "evaluation", "frameworks", "models", "server", "textbook")
 install_import_hook([f"dager_tutorial.{name}" for name in _CHECKED], "shape_checks.checked")
 pytest.register_assert_rewrite("helpers")
 

@@ -64,9 +64,12 @@ def test_what_is_imported_is_declared():
         "cli/picture.py": "notebooks",
         "challenges": "instructor",
         "client/adapters.py": "adapters",
+        "frameworks/opacus.py": "opacus",
     }
     for file, distributions in IMPORTED.items():
         extra = extra_of.get(file) or extra_of.get(Path(file).parts[0])
+        if file.startswith("frameworks/flower/"):
+            extra = "flower"
         declared = names_of(RUNTIME) | (names_of(EXTRAS[extra]) if extra else set())
         assert distributions <= declared, file
 

@@ -57,10 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(args=arguments, prog_name="dager", standalone_mode=False)
     except DagerError as error:
         return _complain(str(error))
-    except typer.TyperException as error:
-        return _complain(error.format_message())
     except KeyboardInterrupt:  # while another exception was handled
         code = 130
+    except Exception as error:
+        # A mistake in options says itself in one line. Its class is click's or typer's own: that changed with typer.
+        said = getattr(error, "format_message", None)
+        if said is None:
+            raise
+        return _complain(said())
     if code == 130:
         print("dager: stopped", file=sys.stderr)
     return code if isinstance(code, int) else 0
