@@ -1,4 +1,4 @@
-"""An optimiser's state is a gradient: what a checkpoint's `optimizer.pt` gives away (chapter `11_limits`).
+"""An optimiser's state is a gradient: what a checkpoint's `optimizer.pt` gives away (chapter `12_federated`).
 
 Adam keeps a running mean of the gradients, `m_t = beta m_(t-1) + (1 - beta) g_t`. After the first step it is the
 gradient up to a factor; two checkpoints one step apart give `(m_t - beta m_(t-1)) / (1 - beta)`; one later checkpoint
@@ -71,7 +71,7 @@ def update_of_state(
     Raises:
         UpdateError: A file is missing, no state of such an optimiser, would run code, or is of another model.
 
-    See chapter `11_limits`.
+    See chapter `12_federated`.
     """
     place = _located(path)
     state = _read(place)
