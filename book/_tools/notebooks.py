@@ -52,8 +52,9 @@ COLAB_CELL = """\
 import sys
 
 if "google.colab" in sys.modules:
-    %pip install -q "dager-tutorial[notebooks] @ git+{url}"\
+    %pip install -q "dager-tutorial[{extras}] @ git+{url}"\
 """
+EXTRAS = {"flwr": "flower"}  # optional packages that a chapter imports, and the extras that install them
 ANSWER = re.compile(r' *<details class="answer">.*?</details> *\n?', re.DOTALL)
 SOLUTION = {
     "jupyter": {"source_hidden": True},
@@ -113,7 +114,7 @@ def _cell_metadata(cell: NotebookNode) -> NotebookNode:
 
 def _place_colab_cell(notebook: NotebookNode) -> None:
     """The second cell, behind the title; made anew so that it carries the address of today."""
-    source = COLAB_CELL.format(url=repository_url())
+    source = COLAB_CELL.format(url=repository_url(), extras=",".join(["notebooks", *_extras(notebook)]))
     for cell in notebook.cells:
         if COLAB in cell.metadata.get("tags", ()):
             cell.source = source
@@ -121,6 +122,12 @@ def _place_colab_cell(notebook: NotebookNode) -> None:
     if any(cell.cell_type == "code" for cell in notebook.cells):
         made = nbformat.v4.new_code_cell(source, metadata={"tags": [COLAB, "remove-cell"]})
         notebook.cells.insert(1, made)
+
+
+def _extras(notebook: NotebookNode) -> list[str]:
+    """The extras of the package that a notebook's imports need beside those of all chapters."""
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return [extra for name, extra in EXTRAS.items() if re.search(rf"^\s*from {name}\b", code, re.MULTILINE)]
 
 
 def execute(notebook: NotebookNode) -> NotebookNode:

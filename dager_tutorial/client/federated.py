@@ -1,6 +1,6 @@
 """A client of FedAvg: several epochs over its own texts in mini-batches, and the weights' difference is what travels.
 
-Chapter `11_limits`.
+Chapter `12_federated`.
 
 The client trains the model classes of transformers unmodified, with the optimisers of torch unmodified.
 """
@@ -51,7 +51,7 @@ class LocalTraining:
         Traceback (most recent call last):
         dager_tutorial.errors.DagerError: epochs is 0: give a whole number from 1 to 1000000
 
-    Chapter `11_limits`.
+    Chapter `12_federated`.
     """
 
     epochs: int = option(1, Within(1, 10**6), "Passes over the client's texts.")
@@ -90,7 +90,7 @@ def local_update(
     Raises:
         DagerError: See `step.client_update`; or the weights are no longer finite.
 
-    Chapter `11_limits`.
+    Chapter `12_federated`.
     """
     return play_locally(model, texts, labels, config=config, training=training)[0]
 
@@ -132,7 +132,7 @@ def summed(updates: Sequence[Update]) -> Update:
     Raises:
         DagerError: There is none, or they do not belong together.
 
-    Chapter `11_limits`.
+    Chapter `12_federated`.
     """
     if not updates:
         raise DagerError("there is no update to sum: give those of the clients")

@@ -1,4 +1,4 @@
 """Training frameworks as people run them: what a client sends there, captured as an `Update` and audited.
 
-Chapter `10_whole_attack`. Each framework is an extra of its own, and nothing else in the package needs one.
+Chapter `12_federated`. Each framework is an extra of its own, and nothing else in the package needs one.
 """

@@ -1,6 +1,6 @@
 """What all frameworks have in common: named tensors become an `Update`, and an update a file of its own.
 
-Chapter `10_whole_attack`.
+Chapter `12_federated`.
 """
 
 from __future__ import annotations

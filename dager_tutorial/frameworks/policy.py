@@ -1,6 +1,6 @@
 """What an update may give away and still be sent: the answer of an audit on the client's side.
 
-Chapter `10_whole_attack`.
+Chapter `12_federated`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Policy:
         >>> Policy(recovered=0.5).objection(found, texts=4) is None
         True
 
-    Chapter `10_whole_attack`.
+    Chapter `12_federated`.
     """
 
     confirmed: float = 0.0

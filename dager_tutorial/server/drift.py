@@ -1,6 +1,6 @@
 """What a client that took many steps did to the vectors that make up its update: they moved on the way.
 
-Chapter `11_limits`.
+Chapter `12_federated`.
 
 A weight difference is a sum of gradients, each computed at other weights. The server knows the first weights and, by
 the difference, the last: vectors computed halfway are off by a part of the way, and how long the way is it measures by

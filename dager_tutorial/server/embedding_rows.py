@@ -1,4 +1,4 @@
-"""Which tokens and positions an update's embeddings name: the rows that are not zero (chapter `11_limits`).
+"""Which tokens and positions an update's embeddings name: the rows that are not zero (chapter `12_federated`).
 
 A token that is in no text has an embedding gradient of exactly zero, unless the embedding is the output map, too: then
 a loss over the vocabulary gives every token a row, and nothing is read off it.

@@ -1,6 +1,6 @@
 """Flower: a strategy that captures, a client mod that audits before upload, and a run in one process.
 
-Chapter `10_whole_attack`. Needs the extra `flower`.
+Chapter `12_federated`. Needs the extra `flower`.
 """
 
 from dager_tutorial.frameworks.flower.auditing import Auditing

@@ -1,4 +1,4 @@
-"""A client mod that attacks the update before it is uploaded, and may refuse to send it (chapter `10_whole_attack`)."""
+"""A client mod that attacks the update before it is uploaded, and may refuse to send it (chapter `12_federated`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Auditing:
         names: See `exchange.Exchange`.
         report: Called with what the audit found. It stays on the client.
 
-    Chapter `10_whole_attack`.
+    Chapter `12_federated`.
     """
 
     def __init__(

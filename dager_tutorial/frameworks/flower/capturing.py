@@ -1,4 +1,4 @@
-"""A strategy around any other, which keeps each client's update as a file (chapter `10_whole_attack`)."""
+"""A strategy around any other, which keeps each client's update as a file (chapter `12_federated`)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Capturing(Strategy):
         names: See `exchange.Exchange`.
         learning_rate: See `exchange.Exchange`.
 
-    Chapter `10_whole_attack`.
+    Chapter `12_federated`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From the arrays of a Flower message, and of its reply, to an update (chapter `10_whole_attack`)."""
+"""From the arrays of a Flower message, and of its reply, to an update (chapter `12_federated`)."""
 
 from __future__ import annotations
 

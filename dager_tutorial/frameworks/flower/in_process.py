@@ -1,6 +1,6 @@
 """A Flower run in this process: a real ServerApp and real ClientApps, without Ray, a network or anything on disk.
 
-Chapter `10_whole_attack`. Flower's own simulation needs Ray. Here clients reply one after the other, so that a run is
+Chapter `12_federated`. Flower's own simulation needs Ray. Here clients reply one after the other, so that a run is
 reproducible and a debugger can step from the server into a client.
 """
 
@@ -74,7 +74,7 @@ def run_in_process(
         2 {'partition-id': 1, 'num-partitions': 2}
         []
 
-    Chapter `10_whole_attack`.
+    Chapter `12_federated`.
     """
     contexts = {
         number + 1: _context(number + 1, {"partition-id": number, "num-partitions": clients}, config)

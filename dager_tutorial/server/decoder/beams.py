@@ -1,6 +1,6 @@
 """Where no gap stands below the signal: a beam for each first token, and texts that others explain taken out.
 
-Chapter `11_limits`.
+Chapter `12_federated`.
 
 A beam over all prefixes collapses to the copies of one strong text. So every first token keeps its best prefixes, by
 the evidence along them, whatever others have; and of the texts that come out, one that differs from a better one in a

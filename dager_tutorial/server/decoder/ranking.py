@@ -1,6 +1,6 @@
 """Where no gap stands below the signal: how much better extensions fit than false ones do.
 
-Chapter `11_limits`.
+Chapter `12_federated`.
 
 Without a gap the span tests pass true rows and many false ones with them, or fail weak true rows. What still tells is
 the order: a row's residual at a tap against those of random extensions of the same prefixes, in robust deviations,
