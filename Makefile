@@ -19,9 +19,9 @@ ifneq ($(filter-out cpu,$(TORCH)),)
 $(error TORCH is "$(TORCH)": leave it out for the usual PyTorch, or say TORCH=cpu)
 endif
 ifeq ($(shell uname -sm)$(TORCH),Linux x86_64)
-SIZE := several GB where PyTorch comes with its CUDA libraries (with TORCH=cpu 280 MB, 430 MB with all tools)
+SIZE := several GB where PyTorch comes with its CUDA libraries (with TORCH=cpu 280 MB, 470 MB with all tools)
 else
-SIZE := about 280 MB, 430 MB with all tools
+SIZE := about 280 MB, 470 MB with all tools
 endif
 
 # What `make bench` measures; for example `make bench MODEL=smollm2-135m BATCH=16`.
