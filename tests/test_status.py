@@ -95,7 +95,8 @@ def test_what_counts_as_confirmed() -> None:
 @every(*TINY)
 def test_an_uninformative_update_has_no_signal(model: LanguageModel, random_texts: Draw) -> None:
     update = client_update(model, random_texts(3, 8))
-    later = {name: tensor for name, tensor in update.gradients.items() if ".0." not in name}
+    silent = (".0.", "wte", "wpe", "embed_tokens")  # embeddings would name tokens, and block 1 be searched
+    later = {name: tensor for name, tensor in update.gradients.items() if not any(part in name for part in silent)}
     zeros = {name: torch.zeros_like(tensor) for name, tensor in update.gradients.items()}
     for gradients in (later, zeros, {**later, **{name: x for name, x in zeros.items() if ".0." in name}}):
         assert_nothing_found(searched(model, Update(gradients)), Status.NO_SIGNAL)

@@ -32,7 +32,6 @@ from dager_tutorial.cli.progress import progress, stoppable, waiting
 from dager_tutorial.cli.training import TrainingOptions
 from dager_tutorial.cli.typed import typed
 from dager_tutorial.errors import DagerError
-from dager_tutorial.stopwatch import return_memory
 
 if TYPE_CHECKING:
     from dager_tutorial.client.batch import Truth
@@ -164,6 +163,7 @@ def _live(
     config, language_model = client.config(seed), model.load()
     from dager_tutorial.client.step import head_of
     from dager_tutorial.report.sent import Source
+    from dager_tutorial.stopwatch import return_memory
 
     with waiting(COMPUTING):
         update, truth = training.play(language_model, texts, labels, config)
@@ -225,6 +225,7 @@ def _climbed(case: Case, goal: Truth, found: Reconstruction, limits: AttackConfi
     """The ladder; after Ctrl-C what was tried so far."""
     from dager_tutorial.evaluation.changes import usual_changes
     from dager_tutorial.evaluation.ladder import climb
+    from dager_tutorial.stopwatch import return_memory
 
     rungs, changes = [], usual_changes(case.model, case.update)
     return_memory()

@@ -1,6 +1,6 @@
 """A plain PyTorch optimiser: the gradient of each step, the moment before it moves the weights.
 
-Chapter `10_whole_attack`. PyTorch's own hook: no training loop has to be changed, whoever wrote it.
+Chapter `12_federated`. PyTorch's own hook: no training loop has to be changed, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def capture_steps(
         step-2.safetensors
         >>> handle.remove()
 
-    Chapter `10_whole_attack`.
+    Chapter `12_federated`.
     """
 
     def captured(stepping: Optimizer, positional: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """NVFLARE: what a DXO holds as an update, and a filter that audits a client's result and blocks it.
 
-Chapter `10_whole_attack`. Needs the extra `nvflare`.
+Chapter `12_federated`. Needs the extra `nvflare`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def update_of_dxo(dxo: DXO, before: Mapping[str, Tensor] | None = None, *, model
         >>> update_of_dxo(DXO(DataKind.WEIGHT_DIFF, {"w": np.ones(2, np.float32)})).kind
         'delta'
 
-    Chapter `10_whole_attack`.
+    Chapter `12_federated`.
     """
     if dxo.data_kind not in (DataKind.WEIGHT_DIFF, DataKind.WEIGHTS):
         raise UpdateError(
@@ -93,7 +93,7 @@ class AuditingFilter(DXOFilter):
         unread: See `policy.Policy`.
         time_budget: Seconds that an audit may take.
 
-    Chapter `10_whole_attack`.
+    Chapter `12_federated`.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Opacus: the gradient as a differentially private step sends it: clipped text by text, summed and noised.
 
-Chapter `10_whole_attack`. Needs the extra `opacus`.
+Chapter `12_federated`. Needs the extra `opacus`.
 
 What works, with Opacus 1.6 and a classifier of transformers: the modes `hooks` and `functorch`, with Llama as it is,
 with GPT-2 and BERT where the client hands over `position_ids` for every text (else transformers counts positions once
@@ -44,7 +44,7 @@ def capture_private_steps(
                                                          noise_multiplier=1.0, max_grad_norm=0.1)
         capture_private_steps(optimizer, network, lambda update: save_beside(update, "captured", "step"))
 
-    Chapter `10_whole_attack`.
+    Chapter `12_federated`.
     """
     inner = getattr(network, "_module", network)
     return capture_steps(optimizer.original_optimizer, inner, receive, model=model)

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer: a callback that audits steps: what would this gradient give away, if it were sent?
 
-Chapter `10_whole_attack`.
+Chapter `12_federated`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class AuditingCallback(TrainerCallback):
         shared = load_model("checkpoint")
         Trainer(network, arguments, train_dataset=rows, callbacks=[AuditingCallback(shared, every=100)]).train()
 
-    Chapter `10_whole_attack`.
+    Chapter `12_federated`.
     """
 
     def __init__(
