@@ -131,6 +131,8 @@ def _of_narrow_adapter(evidence: Evidence, adapter: DecoderAdapter, first: Span,
         return None
     silent = {(adapter.num_blocks - 1, kind) for kind in (ATTENTION_OUTPUT, MLP)}
     taps = [tap for tap in adapter.taps() if (tap.block, tap.kind) not in silent]
+    if len({tap.kind for tap in taps if evidence.shared(tap)}) < 2:  # one look at a row in each block is too little
+        return None
     with evidence.watch.stage("search"):
         found = text_that_explains(evidence, adapter, taps, budget)
         if found is None or not found[0]:
