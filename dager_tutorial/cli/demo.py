@@ -12,7 +12,6 @@ from typer import Option
 from dager_tutorial.cli import display, output
 from dager_tutorial.cli.options import ModelOptions, OutputOptions, Seed, flattened
 from dager_tutorial.cli.progress import progress, waiting
-from dager_tutorial.stopwatch import return_memory
 
 if TYPE_CHECKING:
     from dager_tutorial.client.batch import Truth
@@ -86,6 +85,7 @@ def _captured(model: LanguageModel, batch_size: int, seed: int) -> tuple[Update,
     from dager_tutorial.client.config import ClientConfig
     from dager_tutorial.client.step import head_of, play
     from dager_tutorial.data import load_texts
+    from dager_tutorial.stopwatch import return_memory
 
     notes = load_texts("notes")[:batch_size]
     texts, labels = [note.text for note in notes], [note.label for note in notes]
