@@ -9,8 +9,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from dager_tutorial.cli import display
-from dager_tutorial.cli.display import CERTAINTIES, COLOURS, printable
+from dager_tutorial.cli.display import CERTAINTIES, COLOURS
 from dager_tutorial.cli.progress import progress, waiting
+from dager_tutorial.errors import printable
 from dager_tutorial.evaluation.metrics import Pair
 from dager_tutorial.models.tap import Tap
 from dager_tutorial.reconstruction import Reconstruction

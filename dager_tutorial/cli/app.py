@@ -15,9 +15,8 @@ from dager_tutorial import __version__
 from dager_tutorial.cli import bench, challenge, models
 from dager_tutorial.cli.audit import audit
 from dager_tutorial.cli.demo import demo
-from dager_tutorial.cli.display import printable
 from dager_tutorial.cli.parties import attack, capture, inspect, recover, score
-from dager_tutorial.errors import DagerError
+from dager_tutorial.errors import DagerError, printable
 
 app = typer.Typer(
     add_completion=False,

@@ -27,8 +27,8 @@ from dager_tutorial.cli.options import (
     TimeBudget,
     flattened,
 )
-from dager_tutorial.cli.parties import COMPUTING, Before, attacked, limits_of, received
-from dager_tutorial.cli.progress import progress, stoppable, waiting
+from dager_tutorial.cli.parties import Before, attacked, computed, limits_of, received
+from dager_tutorial.cli.progress import progress, stoppable
 from dager_tutorial.cli.training import TrainingOptions
 from dager_tutorial.cli.typed import typed
 from dager_tutorial.errors import DagerError
@@ -123,7 +123,7 @@ def audit(
     page, limits = report.page(), limits_of(seed, time_budget, completion)
     if update is None:
         _check_live(report, head, before)
-        case = _live(model, batch, label, client, training, seed)
+        case = _live(*computed(model, *batch.draw(seed, label), client.config(seed), training))
     else:
         _check_file(report, batch, client, training)
         case = _received(update, model, before, report, client, head, seed)
@@ -150,25 +150,13 @@ def _check_file(report: ReportOptions, batch: BatchOptions, client: ClientOption
         )
 
 
-def _live(
-    model: ModelOptions,
-    batch: BatchOptions,
-    label: list[int] | None,
-    client: ClientOptions,
-    training: TrainingOptions,
-    seed: int,
-) -> Case:
+def _live(model: LanguageModel, update: Update, truth: Truth, head: Head) -> Case:
     """The update that a client would send, computed here, and what the client knows."""
-    texts, labels = batch.draw(seed, label)
-    config, language_model = client.config(seed), model.load()
-    from dager_tutorial.client.step import head_of
     from dager_tutorial.report.sent import Source
     from dager_tutorial.stopwatch import return_memory
 
-    with waiting(COMPUTING):
-        update, truth = training.play(language_model, texts, labels, config)
     return_memory()
-    return Case(language_model, update, Source(), head_of(config, truth.labels), truth)
+    return Case(model, update, Source(), head, truth)
 
 
 def _received(

@@ -22,6 +22,7 @@ from dager_tutorial.cli.options import (
 )
 from dager_tutorial.cli.picture import draw_scaling, drawable
 from dager_tutorial.cli.progress import progress
+from dager_tutorial.errors import printable
 
 if TYPE_CHECKING:
     from dager_tutorial.evaluation.ablation import EncoderBenchmark
@@ -237,6 +238,6 @@ def _variants_table(runs: list[EncoderBenchmark]) -> Table:
     table = display.headed(*titles, left=("data", "variant"), collapse_padding=True)
     for row in averages(runs):
         shares = (f"{100 * share:.1f}" for share in (row.rouge1, row.exact))
-        name = display.printable(row.data)
+        name = printable(row.data)
         table.add_row(name, str(row.batch_size), row.variant, *shares, str(row.false), f"{row.seconds:.2f}")
     return table

@@ -14,7 +14,7 @@ from typer import Argument, Option
 
 from dager_tutorial import files
 from dager_tutorial.cli import display, output
-from dager_tutorial.errors import DagerError
+from dager_tutorial.errors import DagerError, printable
 
 if TYPE_CHECKING:
     from dager_tutorial.challenges.grading import Grade
@@ -35,8 +35,8 @@ def list_envelopes(*, folder: Set = None) -> None:
     table = display.headed("", "model", left=["model"], leading=1)
     table.add_column("what is known", ratio=1, overflow="fold")
     for each in _envelopes(folder):
-        story = Text.assemble((display.printable(each.title), "bold"), f"\n{display.printable(each.story)}")
-        table.add_row(str(each.number), display.printable(str(each.config.get("model_type"))), story)
+        story = Text.assemble((printable(each.title), "bold"), f"\n{printable(each.story)}")
+        table.add_row(str(each.number), printable(str(each.config.get("model_type"))), story)
     output.show(table)
 
 

@@ -32,6 +32,8 @@ from dager_tutorial.cli.training import TrainingOptions
 from dager_tutorial.errors import DagerError
 
 if TYPE_CHECKING:
+    from dager_tutorial.client.batch import Truth
+    from dager_tutorial.client.config import ClientConfig
     from dager_tutorial.evaluation.metrics import Score
     from dager_tutorial.models.heads import Head
     from dager_tutorial.models.language_model import LanguageModel
@@ -45,7 +47,6 @@ UpdateFile = Annotated[
 Before = Annotated[
     Path | None, Option("--before", help="The optimizer.pt of one step earlier, where UPDATE is a later one.")
 ]
-COMPUTING = "computing the client's update"
 
 
 @flattened
@@ -62,9 +63,7 @@ def capture(
 ) -> None:
     """Play the client: compute the update of a private batch and write it as safetensors."""
     texts, labels = batch.draw(seed, label)
-    config, language_model = client.config(seed), model.load()
-    with waiting(COMPUTING):
-        update, _ = training.play(language_model, texts, labels, config)
+    _, update, _, _ = computed(model, texts, labels, client.config(seed), training)
     update.save(out)
     numbers = sum(tensor.numel() for tensor in update.gradients.values())
     record = {"update": str(out), "model": model.model, "kind": update.kind, "tensors": len(update.gradients)}
@@ -129,13 +128,11 @@ def attack(
 ) -> None:
     """Capture, recover and score in one go: how much would this batch give away?"""
     texts, labels = batch.draw(seed, label)
-    config, limits, language_model = client.config(seed), limits_of(seed, time_budget, completion, prompt), model.load()
-    from dager_tutorial.client.step import head_of
+    config, limits = client.config(seed), limits_of(seed, time_budget, completion, prompt)
+    language_model, update, truth, head = computed(model, texts, labels, config, training)
     from dager_tutorial.evaluation import metrics
 
-    with waiting(COMPUTING):
-        update, truth = training.play(language_model, texts, labels, config)
-    found = attacked(language_model, update, head_of(config, truth.labels), limits)
+    found = attacked(language_model, update, head, limits)
     points = metrics.score(found, truth)
     shown = (display.status_lines(found), *_compared(points), display.times_table(found.seconds))
     results.finish(found.to_json() | points.to_json(), *shown)
@@ -175,6 +172,29 @@ def received(path: Path, model: ModelOptions, before: Path | None) -> tuple[Lang
         raise DagerError("--before belongs to an optimizer.pt: an update file needs none")
     loaded = Update.load(path)
     return model.load(), loaded
+
+
+def computed(
+    model: ModelOptions, texts: list[str], labels: list[int] | None, config: ClientConfig, training: TrainingOptions
+) -> tuple[LanguageModel, Update, Truth, Head]:
+    """The model, the update that a client sends, what the client knows, and the head that it got.
+
+    Args:
+        model: The model both sides know.
+        texts: The private batch.
+        labels: Its classes.
+        config: What the client does in a step.
+        training: How many steps it takes.
+
+    Raises:
+        DagerError: The model or the batch cannot be had.
+    """
+    language_model = model.load()
+    from dager_tutorial.client.step import head_of
+
+    with waiting("computing the client's update"):
+        update, truth = training.play(language_model, texts, labels, config)
+    return language_model, update, truth, head_of(config, truth.labels)
 
 
 def limits_of(seed: int, time_budget: float | None, complete: bool, prompt: str = "") -> AttackConfig:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from dager_tutorial.cli.display import printable
+from dager_tutorial.errors import printable
 
 Advance = Callable[[str, int, int | None], None]
 """Called with a stage, what is done of it, and the total or None."""

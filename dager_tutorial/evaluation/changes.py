@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -81,8 +81,8 @@ def noised(update: Update, level: float, seed: int = NOISE_SEED) -> Update:
         level: Length of the noise over the length of the update.
         seed: Seed of the noise.
     """
-    numbers = sum(tensor.numel() for tensor in update.gradients.values())
-    deviation, draw = level * length(update) / math.sqrt(numbers), torch.Generator().manual_seed(seed)
+    deviation = level * length(update) / math.sqrt(size(update))
+    draw = torch.Generator().manual_seed(seed)
 
     def add(tensor: Tensor) -> Tensor:
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -131,7 +131,7 @@ def restricted(update: Update, names: frozenset[str]) -> Update:
         UpdateError: None is left.
     """
     kept = {name: tensor for name, tensor in update.gradients.items() if name in names}
-    return Update(kept, update.kind, update.learning_rate, update.model)
+    return replace(update, gradients=kept)
 
 
 def _noises(update: Update) -> Iterator[Change]:
@@ -139,7 +139,7 @@ def _noises(update: Update) -> Iterator[Change]:
     for level in NOISE_LEVELS:
         name = f"noise as long as {100 * level:g} % of the update"
         yield Change(NOISE, name, level, partial(noised, level=level))
-    private = math.sqrt(sum(tensor.numel() for tensor in update.gradients.values()))
+    private = math.sqrt(size(update))
     name = "noise of differential privacy, multiplier 1 at this norm"
     yield Change(NOISE, name, private, partial(noised, level=private))
 
@@ -157,7 +157,7 @@ def _fewer(parts: dict[str, Part], update: Update) -> Iterator[Change]:
             part.block is None or part.block >= blocks // 2
         ),
     }
-    total = sum(tensor.numel() for tensor in update.gradients.values())
+    total = size(update)
     seen = {frozenset(parts)}
     for name, keep in choices.items():
         names = frozenset(each for each, part in parts.items() if keep(part))
@@ -169,8 +169,16 @@ def _fewer(parts: dict[str, Part], update: Update) -> Iterator[Change]:
 
 
 def _each(update: Update, change: Callable[[Tensor], Tensor]) -> Update:
-    made = {name: change(tensor) for name, tensor in update.gradients.items()}
-    return Update(made, update.kind, update.learning_rate, update.model)
+    return replace(update, gradients={name: change(tensor) for name, tensor in update.gradients.items()})
+
+
+def size(update: Update) -> int:
+    """How many numbers an update has.
+
+    Args:
+        update: What the client sent.
+    """
+    return sum(tensor.numel() for tensor in update.gradients.values())
 
 
 def length(update: Update) -> float:

@@ -25,6 +25,7 @@ from dager_tutorial.server.attack import attack
 from dager_tutorial.server.budget import AttackConfig, Progress
 from dager_tutorial.server.embedding_rows import named_positions, named_tokens
 from dager_tutorial.server.evidence import Evidence, evidence_of
+from dager_tutorial.status import Status
 from dager_tutorial.update import Update
 
 Gradients = dict[str, Tensor]
@@ -100,7 +101,7 @@ def parts_of(adapter: Adapter, update: Update) -> dict[str, Gradients]:
         update: What a client sent, all of it.
     """
     body = update.for_backbone(adapter.network)
-    head = {name: each for name, each in update.gradients.items() if not any(name.endswith(own) for own in body)}
+    head = update.for_head(adapter.network)
     tables = [adapter.first_input.tokens, *(adapter.position_table or ())[:1]]
     own = {id(each): name for name, each in adapter.network.named_parameters()}
     embeddings = [own[id(table)] for table in tables]
@@ -129,7 +130,9 @@ def _run(
 ) -> TapRun:
     """What a part of an update gives away."""
     if shared == "head":  # an update of a head alone is none of the backbone: nothing can be read by rows
-        return TapRun(*_about(model, batch, truth, shared, part), None, None, None, None, None, 0.0, "no_signal")
+        return TapRun(
+            *_about(model, batch, truth, shared, part), None, None, None, None, None, 0.0, Status.NO_SIGNAL.value
+        )
     update = Update(part)
     evidence = evidence_of(model, update)
     found = attack(model, update, config=AttackConfig(complete=False), progress=progress)

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 from dager_tutorial.errors import DagerError
 from dager_tutorial.reconstruction import Reconstruction
+from dager_tutorial.server.budget import AttackConfig
 from dager_tutorial.status import Status
+
+MINUTE = AttackConfig(time_budget=60.0)
+"""What an audit may cost where nothing else is said."""
 
 _UNREAD = (Status.OUT_OF_TIME, Status.WRONG_MODEL)
 

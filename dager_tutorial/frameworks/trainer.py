@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dager_tutorial.frameworks.capturing import gradients_of, save_beside, with_weights
+from dager_tutorial.frameworks.policy import MINUTE
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
@@ -52,11 +53,11 @@ class AuditingCallback(TrainerCallback):
         *,
         every: int = 1,
         folder: str | os.PathLike[str] | None = None,
-        limits: AttackConfig | None = None,
+        limits: AttackConfig = MINUTE,
         report: Report | None = None,
     ) -> None:
         self.model, self.every, self.folder = model, every, folder
-        self.limits, self.report = limits or AttackConfig(time_budget=60.0), report or _logged
+        self.limits, self.report = limits, report or _logged
 
     def on_pre_optimizer_step(
         self,

@@ -15,7 +15,6 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.vocabulary import beginning
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.budget import AttackConfig, Budget, Progress
-from dager_tutorial.server.candidates import named_alone
 from dager_tutorial.server.completion.run import completed
 from dager_tutorial.server.decoder.run import recover_prefixes
 from dager_tutorial.server.drift import unmoved
@@ -64,9 +63,8 @@ def attack(
     evidence = evidence_of(model, update, watch)
     # Neither a step of an adapter nor a weight difference is simulated.
     complete = config.complete and update.kind == "gradient" and not evidence.maps
-    search = partial(_searched, budget=budget, without=config.without, hand_over=complete)
     prompt = beginning(model.tokenizer, config.prompt) if config.prompt else ()
-    search = partial(search, prompt=prompt)
+    search = partial(_searched, budget=budget, without=config.without, hand_over=complete, prompt=prompt)
     outcome = search(evidence)
     if complete:
         outcome = completed(model, update, head, evidence, search, outcome, budget)
@@ -78,16 +76,13 @@ def attack(
 
 
 def _searched(
-    evidence: Evidence, budget: Budget, without: frozenset[str], *, hand_over: bool, prompt: tuple[int, ...] = ()
+    evidence: Evidence, budget: Budget, without: frozenset[str], *, hand_over: bool, prompt: tuple[int, ...]
 ) -> Outcome:
     """The outcome of the search that fits the architecture, of an update or of what remains of one."""
-    causal = isinstance(evidence.adapter, DecoderAdapter)
-    nothing = unreadable(evidence)
-    if nothing is not None and not (causal and named_alone(evidence)):
-        return nothing
-    if causal:
+    if isinstance(evidence.adapter, DecoderAdapter):
         return recover_prefixes(evidence, budget, prompt)
-    return recover_texts(evidence, budget, without, hand_over=hand_over, prompt=prompt)
+    nothing = unreadable(evidence)
+    return recover_texts(evidence, budget, without, hand_over=hand_over, prompt=prompt) if nothing is None else nothing
 
 
 def _reconstruction(model: LanguageModel, evidence: Evidence, outcome: Outcome) -> Reconstruction:

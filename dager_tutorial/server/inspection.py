@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import Tap
+from dager_tutorial.server.constants import constants
 from dager_tutorial.server.drift import evenness
 from dager_tutorial.server.embedding_rows import named_tokens
 from dager_tutorial.server.evidence import Evidence, evidence_of
@@ -82,8 +83,10 @@ def signs(evidence: Evidence) -> str | None:
     Args:
         evidence: The difference, of which something was read.
     """
+    if evenness(evidence.gradients, evidence.used) < constants().even_sizes:
+        return None
     named = named_tokens(evidence)
-    return of_signs(evenness(evidence.gradients, evidence.used), None if named is None else len(named))
+    return of_signs(None if named is None else len(named))
 
 
 def _report(evidence: Evidence, tap: Tap) -> TapReport | None:

@@ -173,15 +173,12 @@ def of_prompt(outcome: Outcome, prompt: tuple[int, ...]) -> Outcome:
     return replace(outcome, diagnosis=f"{outcome.diagnosis}; {said} with the prompt")
 
 
-def of_signs(even: float, named: int | None) -> str | None:
-    """What is said of a weight difference whose entries all moved by the same amount; None of another one.
+def of_signs(named: int | None) -> str:
+    """What is said of a weight difference whose entries all moved by the same amount.
 
     Args:
-        even: How alike the sizes of its entries are.
         named: How many tokens its embedding's rows name, or None.
     """
-    if even < constants().even_sizes:
-        return None
     said = "all entries moved by about the same amount, as in one step of Adam: signs are left, and their rank is full"
     return said if named is None else f"{said}; the rows of the embedding that moved name {named} tokens exactly"
 

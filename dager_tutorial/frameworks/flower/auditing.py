@@ -13,14 +13,11 @@ from flwr.supercore import log
 from dager_tutorial.errors import DagerError
 from dager_tutorial.frameworks.capturing import with_weights
 from dager_tutorial.frameworks.flower.exchange import Exchange
-from dager_tutorial.frameworks.policy import Policy
+from dager_tutorial.frameworks.policy import MINUTE, Policy
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.attack import attack
 from dager_tutorial.server.budget import AttackConfig
-
-MINUTE = AttackConfig(time_budget=60.0)
-"""What an audit may cost where nothing else is said."""
 
 
 class Auditing:

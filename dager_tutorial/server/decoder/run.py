@@ -76,8 +76,7 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     """Grow prefixes from the first token on, by residuals where there are any, else by the evidence of all taps.
 
     Args:
-        evidence: The update's gradients, of which block 0's query, key and value hold something, or whose embeddings
-            name tokens.
+        evidence: The update's gradients.
         budget: What it may cost.
         prompt: Token ids with which every text is said to begin; where the update does not hold them they are left out.
     """
@@ -85,20 +84,18 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     assert isinstance(adapter, DecoderAdapter)
     nothing, first = unreadable(evidence), evidence.span(adapter.tap(0, QKV))
     full = first is not None and first.saturated
-    if evidence.maps and first is not None:
+    if evidence.maps and first is not None and nothing is None:
         narrow = _of_narrow_adapter(evidence, adapter, first, budget)
         if narrow is not None:
             return narrow
     with evidence.watch.stage("filter"):
         candidates = candidates_of(evidence, first, budget)
     if not candidates.count:
-        return no_candidates(late=budget.late, saturated=full)
+        return no_candidates(late=budget.late, saturated=full) if nothing is None else nothing
     spans = _cascade(evidence, adapter, budget)
     if nothing is not None and not spans:
         return nothing
-    if prompt:
-        if explained(evidence, [adapter.tap(0, QKV), *spans], prompt) < len(prompt):
-            return recover_prefixes(evidence, budget)
+    if prompt and explained(evidence, [adapter.tap(0, QKV), *spans], prompt) == len(prompt):
         candidates = candidates.beginning(prompt)
     saturated = full or any(span.saturated for span in spans.values())
     last, expected = _last(evidence, adapter, budget), expected_rows(spans.values())

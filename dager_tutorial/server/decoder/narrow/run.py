@@ -11,9 +11,9 @@ from dager_tutorial.models.tap import QKV, Tap, precise
 from dager_tutorial.server.adapter_reading import adapter_names
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.decoder.narrow.search import NarrowSearch, Prefix, readable
+from dager_tutorial.server.decoder.narrow.search import NarrowSearch, readable
 from dager_tutorial.server.decoder.narrow.wanted import Wanted
-from dager_tutorial.server.decoder.summed.passage import Passage
+from dager_tutorial.server.decoder.summed.passage import Passage, Prefix
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.rounding import probe
 

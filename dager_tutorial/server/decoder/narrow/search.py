@@ -19,12 +19,10 @@ from dager_tutorial.models.tap import QKV, Tap
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.narrow.wanted import Explained, Wanted
-from dager_tutorial.server.decoder.summed.passage import Cache, Passage, Rows
+from dager_tutorial.server.decoder.summed.passage import Cache, Passage, Prefix, Rows
 from dager_tutorial.server.decoder.summed.search import SummedSearch
 from dager_tutorial.server.decoder.summed.weighing import Scale
 from dager_tutorial.server.pairs import Forms
-
-Prefix = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,12 @@ class NarrowSearch:
         return self._grown(front, rows.take(best), totals[best])
 
     def _grown(self, front: Front, rows: Rows, totals: Tensor) -> tuple[Front, Tensor]:
-        names = zip(rows.places.tolist(), rows.tokens.tolist(), strict=True)
-        prefixes = tuple((*front.prefixes[place], token) for place, token in names)
         vectors = self._vectors(rows)
         explained = {
             tap: tuple(each.grown(inputs, rows.places) for each in front.explained[tap])
             for tap, inputs in vectors.items()
         }
-        grown = Front(prefixes, totals, self.passage.grown(front.cache, rows), explained)
+        grown = Front(tuple(rows.named(front.prefixes)), totals, self.passage.grown(front.cache, rows), explained)
         # The last row leaves rounding where the one before left a direction: at most taps, for a few may be blurred.
         complete = constants().clear_gap * grown.left <= front.left[:, rows.places]
         return grown, complete.float().mean(0) > 0.5
@@ -156,11 +152,8 @@ class NarrowSearch:
 
     def _usual(self, front: Front, position: int) -> Scale:
         """What random extensions explain."""
-        count, vocabulary = constants().usual_sample, len(self.passage.adapter.first_input.tokens)
-        tokens = torch.randint(vocabulary, (count,), generator=self.generator).to(front.totals.device)
-        places = torch.randint(len(front.prefixes), (count,), generator=self.generator).to(tokens.device)
-        rows = self.passage.enter(places, tokens, position)
-        return Scale.of(self._gains(front, self.passage.through(rows, front.cache, self.passage.halves)))
+        vocabulary = torch.arange(len(self.passage.adapter.first_input.tokens), device=front.totals.device)
+        return Scale.of(self._gains(front, self.passage.random(front.cache, vocabulary, position, self.generator)))
 
     def _scores(self, front: Front, rows: Rows, scale: Scale) -> Float[Tensor, " rows"]:
         """By how many deviations rows explain more than random ones, over the taps so far."""

@@ -6,7 +6,7 @@ that an extension costs one token in each block, and those that look bad in earl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,11 @@ from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.attention import attend, mix, scores, weights
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
 from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.front import Extension
+
+Prefix = tuple[int, ...]
+"""Token ids from the first on."""
 
 Reader = Callable[[Tensor], Tensor]
 """What is kept of the vectors (float32) that enter a tap, row by row."""
@@ -65,6 +69,15 @@ class Rows:
     def features(self) -> Float[Tensor, "rows features"]:
         """What was kept, side by side."""
         return torch.cat([self.hidden.new_empty(len(self.hidden), 0), *self.evidence], 1)
+
+    def named(self, prefixes: Sequence[Prefix]) -> list[Prefix]:
+        """The tokens of the extended prefixes.
+
+        Args:
+            prefixes: Those that are extended.
+        """
+        pairs = zip(self.places.tolist(), self.tokens.tolist(), strict=True)
+        return [(*prefixes[place], token) for place, token in pairs]
 
     def take(self, chosen: Tensor) -> Rows:
         """Some of the extensions."""
@@ -128,6 +141,20 @@ class Passage:
         shape = (1, 0, adapter.num_key_heads, adapter.head_width)
         nothing = tuple(adapter.first_input.tokens.new_empty(shape) for _ in range(adapter.num_blocks))
         return Cache(nothing, nothing)
+
+    def random(self, cache: Cache, pool: Int[Tensor, " pool"], position: int, generator: torch.Generator) -> Rows:
+        """Extensions that are hardly ever true, behind all blocks: any token of a pool after any prefix.
+
+        Args:
+            cache: Keys and values of the prefixes.
+            pool: int64 token ids.
+            position: Where the tokens stand.
+            generator: Source of randomness, on the CPU.
+        """
+        count, prefixes = constants().usual_sample, len(cache.keys[0])
+        tokens = pool[torch.randint(len(pool), (count,), generator=generator).to(pool.device)]
+        places = torch.randint(prefixes, (count,), generator=generator).to(pool.device)
+        return self.through(self.enter(places, tokens, position), cache, self.halves)
 
     def enter(self, places: Int[Tensor, " rows"], tokens: Int[Tensor, " rows"], position: int) -> Rows:
         """Extensions before block 0."""

@@ -21,13 +21,11 @@ from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.front import Extension, FirstBlock
-from dager_tutorial.server.decoder.summed.passage import Cache, Passage, Rows
+from dager_tutorial.server.decoder.summed.passage import Cache, Passage, Prefix, Rows
 from dager_tutorial.server.decoder.summed.sketch import Sketch
 from dager_tutorial.server.decoder.summed.weighing import Judges, Scale, screened
 from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates
-
-Prefix = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ class SummedSearch:
         if position < len(self.candidates.prompt):
             odds, chosen = torch.full_like(odds, math.inf), torch.arange(len(odds), device=odds.device)
         kept = rows.take(chosen)
-        return Front(tuple(_names(front, kept)), odds[chosen], self.passage.grown(front.cache, kept))
+        return Front(tuple(kept.named(front.prefixes)), odds[chosen], self.passage.grown(front.cache, kept))
 
     @staticmethod
     def stages(adapter: DecoderAdapter) -> list[tuple[int, int]]:
@@ -178,12 +176,7 @@ class SummedSearch:
 
     def _usual(self, front: Front, position: int) -> Scales:
         """What log-shares extensions have that are hardly ever true: any token of the batch, after any prefix."""
-        count, device = constants().usual_sample, front.odds.device
-        pool = self.candidates.distinct()
-        tokens = pool[torch.randint(len(pool), (count,), generator=self.generator).to(device)]
-        places = torch.randint(len(front.prefixes), (count,), generator=self.generator).to(device)
-        rows = self.passage.enter(places, tokens, position)
-        features = self.passage.through(rows, front.cache, self.passage.halves).features()
+        features = self.passage.random(front.cache, self.candidates.distinct(), position, self.generator).features()
         return Scales(Scale.of(features), Scale.of(screened(features, list(self.passage.readers))))
 
     def _screened(self, front: Front, tokens: Tensor, position: int, scale: Scale) -> Rows:
@@ -227,12 +220,7 @@ class SummedSearch:
             return
         ratios = self.goal.end.ratio(rows.attended) / self.goal.end.bound
         passing = (ratios <= 1).nonzero()[:, 0]
-        found.ends.update(zip(_names(front, rows.take(passing)), ratios[passing].tolist(), strict=True))
-
-
-def _names(front: Front, rows: Rows) -> list[Prefix]:
-    pairs = zip(rows.places.tolist(), rows.tokens.tolist(), strict=True)
-    return [(*front.prefixes[place], token) for place, token in pairs]
+        found.ends.update(zip(rows.take(passing).named(front.prefixes), ratios[passing].tolist(), strict=True))
 
 
 def _above(odds: Tensor, chosen: Tensor, least: float) -> Tensor:
