@@ -183,14 +183,19 @@ def _by_rank(
 
 
 def _cascade(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spans:
-    """Spans of the taps that the search tests; the MLP's only where one of the others cannot decide alone."""
+    """Spans of the taps that the search tests; the MLP's only where one of the others cannot decide alone.
+
+    The taps of an adapter hold different numbers of directions: those that are full say nothing, and are left out where
+    others are not.
+    """
     deeper = [adapter.tap(1, QKV)] if adapter.num_blocks > 1 else []
     spans: Spans = {}
     for tap in (adapter.tap(0, ATTENTION_OUTPUT), *deeper, adapter.tap(0, MLP)):
         decided = len(spans) > 1 and all(span.clear for span in spans.values())
         if not budget.late and not (tap.kind == MLP and decided):  # a span of a wide model takes a minute
             spans |= evidence.present(tap)
-    return spans
+    roomy = {tap: span for tap, span in spans.items() if not span.saturated}
+    return roomy if evidence.maps and roomy else spans
 
 
 def _last(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spans:
