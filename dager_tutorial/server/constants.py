@@ -58,6 +58,10 @@ class Constants:
     null_texts: int = _constant(16, "random texts whose rows say what log-leverages false rows have", "statistics")
     null_length: int = _constant(16, "tokens of each of them", "statistics")
     # Token filter (chapter `05_token_filter`)
+    random_pairs: int = _constant(512, "random tokens at random places that tell what block 0's span is worth", "cost")
+    random_held: float = _constant(
+        0.5, "share of them that pass, of a weight difference, above which it tells no token", "measured: .92 or < .05"
+    )
     filter_directions: int = _constant(64, "random directions of the complement that screen all pairs", "cost")
     filter_positions: int = _constant(32, "positions that are screened in one product", "cost")
     filter_pairs: int = _constant(8192, "pairs that are tested exactly at once", "cost")

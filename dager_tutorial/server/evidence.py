@@ -132,6 +132,23 @@ class Evidence:
             return Status.NO_SIGNAL
         return Status.NOISE if span.rank == 0 else None
 
+    def tells_tokens(self) -> bool:
+        """Whether block 0's span tells tokens from one another: a random token at a random place mostly fails its test.
+
+        It need not in the difference of two weights, where steps below the last place of a weight leave mere rounding.
+        """
+        span = self.span(self.adapter.tap(0, QKV))
+        if span is None or span.saturated:
+            return True  # nothing to be tested, or by other means
+        source, draw = self.adapter.first_input, torch.Generator().manual_seed(0)
+        pairs = constants().random_pairs
+        tokens = torch.randint(len(source.tokens), (pairs,), generator=draw)
+        places = None
+        if source.positions is not None:
+            places = torch.randint(len(source.positions), (pairs,), generator=draw).to(source.positions.device)
+        held = span.holds(source.vectors(tokens.to(source.tokens.device), places))
+        return float(held.float().mean()) <= constants().random_held
+
     def log_odds(self, vectors: Mapping[Tap, Float[Tensor, "rows _"]]) -> dict[Tap, Float[Tensor, " rows"]]:
         """Log-odds that vectors were rows of the batch against that they were not, tap by tap.
 

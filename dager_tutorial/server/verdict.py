@@ -24,6 +24,8 @@ Verdict = tuple[Status, str]
 def unreadable(evidence: Evidence) -> Outcome | None:
     """The outcome where block 0 says nothing, so that no search can begin; None where it does say something."""
     status = evidence.nothing_in(evidence.adapter.tap(0, QKV))
+    if status is None and evidence.drifts and not evidence.tells_tokens():
+        status = Status.NOISE
     if status is None:
         return None
     said = {

@@ -89,7 +89,7 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
         if narrow is not None:
             return narrow
     with evidence.watch.stage("filter"):
-        candidates = candidates_of(evidence, first, budget)
+        candidates = candidates_of(evidence, first if nothing is None else None, budget)
     if not candidates.count:
         return no_candidates(late=budget.late, saturated=full) if nothing is None else nothing
     spans = _cascade(evidence, adapter, budget)
