@@ -16,6 +16,7 @@ from dager_tutorial.server.decoder.beams import BeamSearch
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
 from dager_tutorial.server.decoder.front import FirstBlock
 from dager_tutorial.server.decoder.narrow.run import text_that_explains
+from dager_tutorial.server.decoder.neighbours import Neighbours
 from dager_tutorial.server.decoder.ranking import Ranking
 from dager_tutorial.server.decoder.residual import ResidualSelector
 from dager_tutorial.server.decoder.search import TreeSearch
@@ -111,7 +112,8 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
         if saturated:
             tree = likely_prefixes(evidence, adapter, candidates, last, budget)
         complete = not saturated and tree.distinct_rows() == expected
-        texts = whole_texts(adapter, tree, last, complete=complete)
+        neighbours = _neighbours(evidence, adapter, last, candidates, budget)
+        texts = whole_texts(adapter, tree, last, complete=complete, neighbours=neighbours)
         found = _Found(tree, texts, {} if saturated else spans, last)
     if not saturated:
         return _proven(evidence, adapter, found, expected, late=budget.late)
@@ -176,10 +178,19 @@ def _by_rank(
         ranking = Ranking(spans, FirstBlock.screened(adapter, None, budget), candidates.distinct(), budget.generator())
         tree = BeamSearch(candidates, ranking, budget).run()
         clear = {tap: span for tap, span in last.items() if span.clear}
-        likely = _likeliest(_Found(tree, whole_texts(adapter, tree, clear), {}, clear))
+        neighbours = _neighbours(evidence, adapter, clear, candidates, budget)
+        likely = _likeliest(_Found(tree, whole_texts(adapter, tree, clear, neighbours=neighbours), {}, clear))
     if not likely.texts.nodes:
         return likely.outcome(*no_beginning(adapter, late=budget.late))
     return likely.outcome(*of_ranking(likely.ends, len(likely.texts.confirmed), late=budget.late))
+
+
+def _neighbours(
+    evidence: Evidence, adapter: DecoderAdapter, last: Spans, candidates: Candidates, budget: Budget
+) -> Neighbours | None:
+    """What proves ends where the client's steps moved the inputs; None where they did not, or no gap tells any."""
+    clear = {tap: span for tap, span in last.items() if span.clear}
+    return Neighbours(adapter, clear, candidates, budget.generator()) if evidence.drifts and clear else None
 
 
 def _cascade(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spans:
