@@ -159,9 +159,9 @@ def _by_residual(adapter: DecoderAdapter, spans: Spans, candidates: Candidates, 
 
 
 def _without_gap(evidence: Evidence, spans: Spans) -> bool:
-    """Whether the client's steps moved the inputs, and no gap stands below any signal, though not all are full."""
+    """Whether inputs moved, or a grid rounds gradients, and no gap stands below any signal, though not all are full."""
     return (
-        bool(evidence.drifts)
+        (bool(evidence.drifts) or evidence.bits is not None)
         and any(not span.saturated for span in spans.values())
         and not any(span.clear for span in spans.values())
     )
@@ -187,8 +187,12 @@ def _cascade(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spa
     deeper = [adapter.tap(1, QKV)] if adapter.num_blocks > 1 else []
     spans: Spans = {}
     for tap in (adapter.tap(0, ATTENTION_OUTPUT), *deeper, adapter.tap(0, MLP)):
-        decided = len(spans) > 1 and all(span.clear for span in spans.values())
-        if not budget.late and not (tap.kind == MLP and decided):  # a span of a wide model takes a minute
+        # Where entries are missing to fill a gradient costs more than to search with one tap less.
+        enough = 1 if evidence.pruned else 2
+        decided = len(spans) >= enough and all(span.clear for span in spans.values())
+        if not budget.late and not (
+            decided and (tap.kind == MLP or evidence.pruned)
+        ):  # a span of a wide model takes a minute
             spans |= evidence.present(tap)
     return spans
 
