@@ -85,6 +85,14 @@ class Constants:
     )
     absolute_rounds: int = _constant(40, "rounds of reweighting for least absolute deviations", "numerics")
     found_before: float = _constant(3.0, "cost of coordinates at which masks of the same sum were found", "chosen")
+    dropped_outside: float = _constant(
+        1e-8, "squared share outside the span that rounding leaves of a masked attention output", "measured"
+    )
+    telling_weight: float = _constant(3e-3, "attention weight below which a mask does not show", "numerics")
+    same_weight: float = _constant(0.02, "how far from one a weight that was kept may be", "numerics")
+    kept_weights: float = _constant(
+        0.5, "share of the weights that a mask must leave as they are", "measured: true .7 to 1, false below .45"
+    )
     masked_rounding: float = _constant(
         1e-6, "share of a usual entry of the embedding gradient below which a mask made it zero", "numerics"
     )

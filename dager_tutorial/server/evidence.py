@@ -25,7 +25,7 @@ from dager_tutorial.server.constants import constants
 from dager_tutorial.server.drift import halfway, undecayed
 from dager_tutorial.server.missing.entries import is_pruned
 from dager_tutorial.server.missing.filling import Filled, filled
-from dager_tutorial.server.missing.quantised import bits_of
+from dager_tutorial.server.missing.quantised import bits_of, grid_span, in_steps
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
 from dager_tutorial.server.reading import span_of
 from dager_tutorial.server.rounding import probe, rounding_errors
@@ -89,6 +89,10 @@ class Evidence:
             return low_rank_span(tap, self.gradients, self.maps, read)
         if self.pruned:
             return self._read_filled(tap, read)
+        if self.bits is not None:
+            levels = {name: in_steps(self.gradients[name], self.bits) for name in self.shared(tap)}
+            stacked = tap.gradient(levels)
+            return None if stacked is None else grid_span(stacked, arithmetic=arithmetic, device=device)
         return read(gradient, shared=self._bias(tap))
 
     def _read_filled(self, tap: Tap, read: Callable[[Tensor], Span | None]) -> Span | None:

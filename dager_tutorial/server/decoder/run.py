@@ -13,6 +13,7 @@ from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.candidates import candidates_of
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.beams import BeamSearch
+from dager_tutorial.server.decoder.dropped import DroppedSelector
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
 from dager_tutorial.server.decoder.front import FirstBlock
 from dager_tutorial.server.decoder.narrow.run import text_that_explains
@@ -110,6 +111,9 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
             saturated = tree.overflowed and all(2 * span.rank >= span.width for span in spans.values())
         if saturated:
             tree = likely_prefixes(evidence, adapter, candidates, last, budget)
+        elif (dropped := _under_dropout(evidence, adapter, candidates, tree, budget)) is not None:
+            # Deeper taps have masks, too, that nobody knows.
+            tree, spans, last = dropped, evidence.present(adapter.tap(0, ATTENTION_OUTPUT)), {}
         complete = not saturated and tree.distinct_rows() == expected
         texts = whole_texts(adapter, tree, last, complete=complete)
         found = _Found(tree, texts, {} if saturated else spans, last)
@@ -156,6 +160,18 @@ def _by_residual(adapter: DecoderAdapter, spans: Spans, candidates: Candidates, 
     expected = expected_rows(spans.values())
     selector = ResidualSelector(adapter, spans, budget, counted=expected is not None)
     return TreeSearch(candidates, selector, budget, expected).run()
+
+
+def _under_dropout(
+    evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, tree: Tree, budget: Budget
+) -> Tree | None:
+    """The prefixes that fit if the client drops attention weights; None where more fit if it does not."""
+    span = evidence.span(adapter.tap(0, ATTENTION_OUTPUT))
+    if span is None or not span.clear or tree.overflowed or tree.distinct_rows() >= span.rank or evidence.pruned:
+        return None
+    selector = DroppedSelector(span, FirstBlock.screened(adapter, None, budget), adapter.max_positions - 1)
+    dropped = TreeSearch(candidates, selector, budget, span.rank).run()
+    return dropped if dropped.distinct_rows() > tree.distinct_rows() else None
 
 
 def _without_gap(evidence: Evidence, spans: Spans) -> bool:

@@ -18,6 +18,9 @@ from torch import Tensor
 from dager_tutorial.models.adapter import Adapter
 from dager_tutorial.models.tap import KINDS
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decomposition import Spectrum, Tail
+from dager_tutorial.server.rank import right_singular
+from dager_tutorial.server.subspace import Span
 
 
 def bits_of(adapter: Adapter, gradients: Mapping[str, Tensor]) -> int | None:
@@ -48,9 +51,54 @@ def step_of(gradient: Tensor, bits: int) -> float:
     return float(gradient.abs().max()) / (2 ** (bits - 1) - 1)
 
 
+def in_steps(gradient: Tensor, bits: int) -> Tensor:
+    """A gradient in units of its step: all of its entries have the same noise then.
+
+    Args:
+        gradient: Any.
+        bits: How many bits an entry was sent with.
+    """
+    return gradient.double() / max(step_of(gradient, bits), 1e-300)
+
+
+def grid_span(
+    levels: Float[Tensor, "outputs inputs"], *, arithmetic: float = 0.0, device: torch.device | None = None
+) -> Span | None:
+    """Read the span of a layer's inputs off a gradient on a grid.
+
+    The variance of rounding a number to a whole one by chance is 1/6, to the nearest 1/12 (what is measured may be
+    less where most entries became zero). What that makes of a singular value is known.
+
+    Args:
+        levels: float64, the gradient in units of its step.
+        arithmetic: Relative rounding error of the vectors that will be tested.
+        device: Where vectors will be tested; None for the gradient's own device.
+
+    Returns:
+        The span, or None where the gradient is zero.
+    """
+    levels = levels[levels.any(1)]
+    if not len(levels):
+        return None
+    values, directions = right_singular(levels)
+    outputs, inputs = levels.shape
+    variance = 1 / 6
+    for _ in range(3):
+        largest = math.sqrt(variance) * (math.sqrt(outputs) + math.sqrt(inputs))
+        rank = int((values > largest).sum())
+        free = max(inputs - rank, 1)
+        measured = float(values[rank:].square().sum()) / (free * max(outputs - rank, 1))
+        variance = min(max(measured, 1 / 12), 1 / 6)
+    energy = max(outputs - rank, 1) * free * variance
+    tail = Tail(energy, energy**2 / free, largest)
+    arithmetic = math.hypot(arithmetic, constants().projection_error)
+    known = Spectrum(values, directions)
+    return Span(directions[:, :rank], values[:rank], tail, outputs, arithmetic, device, known=known)
+
+
 def _on_grid(gradient: Tensor, bits: int) -> bool:
     """Whether all entries are multiples of the step."""
-    levels = gradient.double() / max(step_of(gradient, bits), 1e-300)
+    levels = in_steps(gradient, bits)
     return bool(gradient.any()) and bool((levels - levels.round()).abs().max() < constants().off_grid)
 
 
