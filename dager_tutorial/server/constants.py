@@ -67,7 +67,7 @@ class Constants:
     entries_a_number: float = _constant(
         1.2, "entries for each number of a low-rank matrix below which it is not filled", "measured: 1.1 fails"
     )
-    entries_a_direction: float = _constant(1.3, "entries of a row for each of its coefficients", "numerics")
+    entries_a_direction: float = _constant(2.0, "entries of a row for each of its coefficients", "measured: 1.3 fails")
     filling_pays: float = _constant(0.95, "share to which a round must lower the rest, or the rank grows", "cost")
     filling_gap: float = _constant(3.0, "ratio of neighbouring directions at which a rank may end", "measured")
     polishing_pays: float = _constant(0.99, "the same where the rank may be the right one", "cost")

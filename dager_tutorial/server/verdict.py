@@ -173,6 +173,12 @@ def of_prompt(outcome: Outcome, prompt: tuple[int, ...]) -> Outcome:
     return replace(outcome, diagnosis=f"{outcome.diagnosis}; {said} with the prompt")
 
 
+def too_few_entries() -> Outcome:
+    """The outcome where so few entries were sent that no gradient of block 0 can be filled in."""
+    reason = "so few entries were sent that no gradient of block 0 can be filled in; the embeddings' name the tokens"
+    return Outcome(Status.NOISE, reason)
+
+
 def of_filled(outcome: Outcome) -> Outcome:
     """What a search of a gradient with missing entries came to: rows lie in a span that was filled in.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, QUERY, Tap
 from dager_tutorial.server.budget import Budget
-from dager_tutorial.server.candidates import candidates_of
+from dager_tutorial.server.candidates import candidates_of, named_alone
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.beams import BeamSearch
 from dager_tutorial.server.decoder.dropped import DroppedSelector
@@ -33,6 +33,7 @@ from dager_tutorial.server.verdict import (
     of_leverage,
     of_prefixes,
     of_ranking,
+    too_few_entries,
     unexplained,
     unreadable,
 )
@@ -83,7 +84,9 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     """
     adapter = evidence.adapter
     assert isinstance(adapter, DecoderAdapter)
-    nothing, first = unreadable(evidence), evidence.span(adapter.tap(0, QKV))
+    # Where embeddings name the tokens of a pruned update, block 0's large gradient need not be filled in.
+    named = evidence.pruned and named_alone(evidence) is not None
+    nothing, first = (None, None) if named else (unreadable(evidence), evidence.span(adapter.tap(0, QKV)))
     full = first is not None and first.saturated
     if evidence.maps and first is not None and nothing is None:
         narrow = _of_narrow_adapter(evidence, adapter, first, budget)
@@ -94,8 +97,8 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     if not candidates.count:
         return no_candidates(late=budget.late, saturated=full) if nothing is None else nothing
     spans = _cascade(evidence, adapter, budget)
-    if nothing is not None and not spans:
-        return nothing
+    if not spans and (nothing is not None or named):
+        return nothing or too_few_entries()
     if prompt and explained(evidence, [adapter.tap(0, QKV), *spans], prompt) == len(prompt):
         candidates = candidates.beginning(prompt)
     saturated = full or any(span.saturated for span in spans.values())
