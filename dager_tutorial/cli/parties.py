@@ -189,12 +189,11 @@ def computed(
     Raises:
         DagerError: The model or the batch cannot be had.
     """
-    language_model = model.load()
-    from dager_tutorial.client.step import head_of
+    rounds, language_model = training.plan(), model.load()
+    from dager_tutorial.evaluation.capture import captured
 
     with waiting("computing the client's update"):
-        update, truth = training.play(language_model, texts, labels, config)
-    return language_model, update, truth, head_of(config, truth.labels)
+        return language_model, *captured(language_model, texts, labels, config, rounds)
 
 
 def limits_of(seed: int, time_budget: float | None, complete: bool, prompt: str = "") -> AttackConfig:

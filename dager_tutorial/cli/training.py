@@ -10,10 +10,7 @@ from typer import Option
 from dager_tutorial.errors import DagerError
 
 if TYPE_CHECKING:
-    from dager_tutorial.client.batch import Truth
-    from dager_tutorial.client.config import ClientConfig
-    from dager_tutorial.models.language_model import LanguageModel
-    from dager_tutorial.update import Update
+    from dager_tutorial.client.federated import LocalTraining
 
 
 @dataclass(frozen=True)
@@ -32,28 +29,18 @@ class TrainingOptions:
         bool, Option("--freeze-embeddings", help="FedAvg: embeddings are not trained, and not sent.")
     ] = False
 
-    def play(
-        self, model: LanguageModel, texts: list[str], labels: list[int] | None, config: ClientConfig
-    ) -> tuple[Update, Truth]:
-        """The client's update and what it knows: of one step, or of so many epochs.
-
-        Args:
-            model: The model both sides know.
-            texts: The private batch.
-            labels: Its classes.
-            config: What the client does in a step.
+    def plan(self) -> LocalTraining | None:
+        """The same for the client: None for one step, whose gradient is sent.
 
         Raises:
             DagerError: Something of local training is asked for, but no epochs.
         """
-        from dager_tutorial.client.federated import LocalTraining, play_locally
-        from dager_tutorial.client.step import play
-
         if self.epochs is None:
             if self != TrainingOptions():
                 raise DagerError("options of local training do nothing without --epochs: give how many there are")
-            return play(model, texts, labels, config=config)
-        training = LocalTraining(
+            return None
+        from dager_tutorial.client.federated import LocalTraining
+
+        return LocalTraining(
             self.epochs, self.mini_batch, self.local_lr, self.optimizer, frozen_embeddings=self.freeze_embeddings
         )
-        return play_locally(model, texts, labels, config=config, training=training)
