@@ -117,9 +117,9 @@ def zoo(tiny_gpt2, tiny_bert, monkeypatch):
     models = {"tiny-gpt2": tiny_gpt2, "tiny-bert": tiny_bert}
     for place in ("dager_tutorial.zoo.names.load_model", "dager_tutorial.evaluation.sweep.cell.load_model"):
         monkeypatch.setattr(place, lambda name, **_: models[name])
-    cells_done._kept.cache_clear()
+    cells_done._kept.clear()
     yield
-    cells_done._kept.cache_clear()
+    cells_done._kept.clear()
 
 
 def test_a_row_says_what_dager_attack_says_of_the_same_batch(zoo, tmp_path, random_texts):

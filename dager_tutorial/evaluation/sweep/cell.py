@@ -123,15 +123,20 @@ def _corpus(name: str, folder: str | None) -> Any:
     return load_texts(local if folder and local.is_file() else name)
 
 
+_kept: dict[tuple[Any, ...], LanguageModel] = {}
+"""The model of the last cell: it stays loaded for the cells that follow."""
+
+
 def _loaded(name: str, device: str, plan: Plan) -> LanguageModel:
     """The model of a cell, under the adapter that the server hands out."""
-    return _kept(name, device, tuple(sorted(plan.model.items())), plan.adapter)
+    key = (name, device, tuple(sorted(plan.model.items())), plan.adapter)
+    if key not in _kept:
+        _kept.clear()  # before the next one is drawn: there may be no room for two
+        _kept[key] = _handed_out(load_model(name, device=device, **plan.model), plan.adapter)
+    return _kept[key]
 
 
-@functools.lru_cache(maxsize=1)
-def _kept(name: str, device: str, options: tuple[tuple[str, Any], ...], adapter: LoraConfig | None) -> LanguageModel:
-    """Load a model; it stays loaded for the cells that follow."""
-    model = load_model(name, device=device, **dict(options))
+def _handed_out(model: LanguageModel, adapter: LoraConfig | None) -> LanguageModel:
     if adapter is None:
         return model
     public = [example.text for example in load_texts("reviews")]  # the project's own: nobody's secret
