@@ -1,4 +1,4 @@
-"""Files that are written: checked before any work, and replaced only when all is written."""
+"""Files: outputs are checked before any work and replaced when all is written, inputs before a parser sees them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dager_tutorial.errors import DagerError
+from dager_tutorial.errors import DagerError, UpdateError
 
 
 def writable(path: Path) -> Path:
@@ -65,3 +65,28 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_safetensors(path: Path) -> None:
+    """Tell apart the ways in which a path is no safetensors file, before the parser sees it.
+
+    Args:
+        path: What the user named.
+
+    Raises:
+        UpdateError: It is none. One line, which says what to do.
+        OSError: It cannot be read.
+    """
+    if not path.exists():
+        raise UpdateError("no such file: check the path")
+    if not path.is_file():
+        raise UpdateError("not a file: name one safetensors file")
+    size = path.stat().st_size
+    if size == 0:
+        raise UpdateError("the file is empty: capture or copy the update again")
+    with path.open("rb") as file:
+        length, brace = int.from_bytes(file.read(8), "little"), file.read(1)
+    if brace not in (b"{", b"") or size < 8:  # the header is JSON text after eight bytes of length
+        raise UpdateError("not a safetensors file: only safetensors is read (pickled .pt and .bin files never are)")
+    if length > size - 8:
+        raise UpdateError("the file is truncated, or not safetensors: copy or capture the update again")

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from dager_tutorial.errors import DagerError, UpdateError, quote
-from dager_tutorial.files import replacing
+from dager_tutorial.files import check_safetensors, replacing
 
 KINDS = ("gradient", "delta")
 """What an update's tensors can be: gradients of the loss, or new weights minus old weights."""
@@ -41,6 +41,7 @@ class Update:
         kind: ``"gradient"``, or ``"delta"`` for new weights minus old weights.
         learning_rate: The client's learning rate, where it is public.
         model: Name of the model, for people to read.
+        defences: What the server is told of the client's defences and their strength, for people to read.
 
     Raises:
         UpdateError: There is no tensor, one is not of a floating type, empty, or holds a non-finite value;
@@ -59,10 +60,11 @@ class Update:
     kind: str = "gradient"
     learning_rate: float | None = None
     model: str | None = None
+    defences: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field, so that no later stage has to."""
-        _check_public(self.kind, self.learning_rate, self.model)
+        _check_public(self.kind, self.learning_rate, {"model": self.model, "defences": self.defences})
         if not self.gradients:
             raise UpdateError("the update has no tensors: share at least one parameter's gradient")
         for name, tensor in self.gradients.items():
@@ -91,7 +93,7 @@ class Update:
 
     def _metadata(self) -> dict[str, str]:
         """The public fields as the strings that a safetensors header holds."""
-        fields = {"kind": self.kind, "learning_rate": self.learning_rate, "model": self.model}
+        fields = {key: value for key, value in vars(self).items() if key != "gradients"}
         return {key: str(value) for key, value in fields.items() if value is not None}
 
     @classmethod
@@ -99,8 +101,8 @@ class Update:
         """Read an update file. Nothing in it is executed, and no tensor can be larger than the file.
 
         Args:
-            path: A safetensors file of named gradients. The metadata strings ``kind``, ``learning_rate`` and
-                ``model`` are optional; others are ignored.
+            path: A safetensors file of named gradients. The metadata strings ``kind``, ``learning_rate``,
+                ``model`` and ``defences`` are optional; others are ignored.
 
         Returns:
             The update, its tensors on the CPU in the file's dtypes. They are mapped into memory, not copied,
@@ -112,7 +114,7 @@ class Update:
         """
         path = Path(path)
         try:
-            _check_file(path)
+            check_safetensors(path)
             with safe_open(path, framework="pt") as file:
                 fields = _public_fields(file.metadata() or {})
                 return cls({name: _read_tensor(file, name) for name in file.keys()}, **fields)  # noqa: SIM118
@@ -178,19 +180,20 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise UpdateError(f"tensor {quote(name)} holds NaN or infinity: capture the update again")
 
 
-def _check_public(kind: str, learning_rate: float | None, model: str | None) -> None:
+def _check_public(kind: str, learning_rate: float | None, words: Mapping[str, str | None]) -> None:
     """Raise unless the public fields make sense."""
     if kind not in KINDS:
         raise UpdateError(f"kind is {quote(kind)}: it must be 'gradient' or 'delta'")
     if learning_rate is not None and not (math.isfinite(learning_rate) and learning_rate > 0):
         raise UpdateError(f"learning_rate is {quote(learning_rate)}: it must be a positive finite number")
-    if model is not None and not model.isprintable():
-        raise UpdateError(f"model is {quote(model)}: a name may not have control characters")
+    for field, value in words.items():
+        if value is not None and not value.isprintable():
+            raise UpdateError(f"{field} is {quote(value)}: a name may not have control characters")
 
 
 def _public_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The metadata strings of a file as arguments of `Update`."""
-    fields: dict[str, Any] = {key: metadata[key] for key in ("kind", "model") if key in metadata}
+    fields: dict[str, Any] = {key: metadata[key] for key in ("kind", "model", "defences") if key in metadata}
     if "learning_rate" in metadata:
         try:
             fields["learning_rate"] = float(metadata["learning_rate"])
@@ -198,23 +201,6 @@ def _public_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
             text = quote(metadata["learning_rate"])
             raise UpdateError(f"learning_rate is {text}: it must be a positive finite number") from None
     return fields
-
-
-def _check_file(path: Path) -> None:
-    """Tell apart the ways in which a path is no safetensors file, before the parser sees it."""
-    if not path.exists():
-        raise UpdateError("no such file: check the path")
-    if not path.is_file():
-        raise UpdateError("not a file: name one safetensors file")
-    size = path.stat().st_size
-    if size == 0:
-        raise UpdateError("the file is empty: capture or copy the update again")
-    with path.open("rb") as file:
-        length, brace = int.from_bytes(file.read(8), "little"), file.read(1)
-    if brace not in (b"{", b"") or size < 8:  # the header is JSON text after eight bytes of length
-        raise UpdateError("not a safetensors file: only safetensors is read (pickled .pt and .bin files never are)")
-    if length > size - 8:
-        raise UpdateError("the file is truncated, or not safetensors: copy or capture the update again")
 
 
 def _explain(error: SafetensorError) -> str:

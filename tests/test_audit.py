@@ -14,6 +14,7 @@ import torch
 from dager_tutorial.cli import main
 from dager_tutorial.client.adapters import LoraConfig, hand_out
 from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.client.defenses.chain import protected
 from dager_tutorial.client.step import play
 from dager_tutorial.evaluation import changes
 from dager_tutorial.evaluation.ladder import UNREADABLE, Rung, climb, taken_for_true
@@ -171,7 +172,8 @@ def test_names_and_texts_of_strangers_stay_text(tiny_gpt2):
 
 
 def test_an_update_that_gives_nothing_away_is_not_called_safe(folder, captured, tmp_path):
-    noised = changes.noised(Update.load(captured / "update.safetensors"), 1000.0)
+    update = Update.load(captured / "update.safetensors")
+    noised, _ = protected(update, [changes.noise_as_long(update, 1000.0)])
     noised.save(tmp_path / "noised.safetensors")
     written, record = audited([str(tmp_path / "noised.safetensors"), "--model", folder], tmp_path)
     facts = json.loads(record)

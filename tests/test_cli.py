@@ -159,7 +159,7 @@ def test_the_client_is_told_what_the_user_said(command, folder, tmp_path, monkey
         told.update(blocks=model.network.config.num_hidden_layers, texts=texts, labels=labels, config=config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dager_tutorial.client.step.play", spy)
+    monkeypatch.setattr("dager_tutorial.client.defended.play", spy)
     options = ["--task", "next_token", "--loss", "frobenius", "--dtype", "float64", "--padding-side", "left"]
     options += ["--max-length", "4", "--share", "a.weight, b.weight", "--seed", "5", "--blocks", "2"]
     labels = ["--label", "1", "--label", "2", "--label", "0"]
@@ -267,7 +267,7 @@ def test_texts_that_the_tokenizer_lower_cases_are_marked_as_exact(confirmations,
     assert read(tmp_path / "score.json")["exact"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("where", ["client.step.play", "server.attack.attack", "evaluation.metrics.score"])
+@pytest.mark.parametrize("where", ["client.defended.play", "server.attack.attack", "evaluation.metrics.score"])
 def test_an_interrupt_ends_without_a_traceback_and_keeps_the_older_result(where, folder, tmp_path, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

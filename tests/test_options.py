@@ -106,7 +106,7 @@ def test_the_client_of_the_command_line_is_the_client():
     }
     assert {name: get_args(options[name]) for name in constants} == constants
     known = {field.name: field for field in fields(ClientConfig)}
-    assert set(known) == set(options) | {"seed", "head_std"}
+    assert set(known) == set(options) | {"seed", "head_std", "dropout"}
     assert ClientOptions().config(seed=0) == ClientConfig() == TruthOptions().config(seed=0)
     given = {"task": "next_token", "loss": "frobenius", "dtype": "float16", "padding_side": "left", "max_length": 7}
     assert ClientOptions(**given, share=" a.b , c").config(3) == ClientConfig(**given, share=("a.b", "c"), seed=3)

@@ -11,7 +11,10 @@ import torch
 
 from dager_tutorial.cli import main
 from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.client.defenses.clipping import Clipping
+from dager_tutorial.client.defenses.noise import Noise
 from dager_tutorial.client.federated import LocalTraining
+from dager_tutorial.client.private import Privacy
 from dager_tutorial.errors import DagerError
 from dager_tutorial.evaluation.sweep import cell as cells_done
 from dager_tutorial.evaluation.sweep import devices, workers
@@ -81,6 +84,17 @@ def test_the_command_line_spells_axes_as_the_file_does():
             cells_of([read_axes([wrong])], "--vary")
 
 
+def test_defences_are_done_in_the_order_in_which_they_are_asked_for():
+    axes = {"models": "m", "corpora": "notes", "batch_sizes": 1, "seeds": 0}
+    defences = [{"noise": {"deviation": 1e-3}, "clipping": {"norm": 2}}, {"privacy": {"epsilon": 3}}, "none"]
+    noised, private, plain = (
+        plan_of(cell)
+        for cell in cells_of([{**axes, "defences": defences, "settings": {"client": {"dropout": 0.1}}}], "")
+    )
+    assert noised.protection.chain == (Noise(1e-3), Clipping(2)) and noised.protection.dropout == 0.1
+    assert private.protection.privacy == Privacy(3) and private.protection.chain == plain.protection.chain == ()
+
+
 def test_every_field_of_a_record_is_an_option_of_its_group():
     """A field that a record gets tomorrow is an option tomorrow."""
     values = {"client.dtype": "float64", "training.epochs": 3, "adapter.rank": 5, "model.blocks": 2}
@@ -100,6 +114,8 @@ def test_every_field_of_a_record_is_an_option_of_its_group():
         ({"client.dtyp": "float64"}, r"client\.dtyp: no such option, did you mean dtype"),
         ({"client.dtype": "float128"}, r"client\.dtype is 'float128': choose one of"),
         ({"trainings.epochs": 1}, r"trainings\.epochs: no such group, did you mean training"),
+        ({"defence.nois.deviation": 1.0}, r"defence\.nois: no such option, did you mean noise"),
+        ({"defence.noise.deviation": -1.0}, r"defence\.noise\.deviation is -1\.0"),
         ({"model.layers": 1}, r"model\.layers: no such option"),
         ({"attack": "dagger"}, "attack 'dagger': no such attack, did you mean dager"),
         ({"attack.time_budget": -1.0}, r"attack\.time_budget is -1\.0"),

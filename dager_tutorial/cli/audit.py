@@ -15,11 +15,11 @@ from typer import Argument, Option
 
 from dager_tutorial import __version__, files
 from dager_tutorial.cli import display, output
+from dager_tutorial.cli.head import HeadOptions
 from dager_tutorial.cli.options import (
     BatchOptions,
     ClientOptions,
     Completion,
-    HeadOptions,
     Labels,
     ModelOptions,
     OutputOptions,
@@ -27,7 +27,7 @@ from dager_tutorial.cli.options import (
     TimeBudget,
     flattened,
 )
-from dager_tutorial.cli.parties import Before, attacked, computed, limits_of, received
+from dager_tutorial.cli.parties import Before, Computed, attacked, computed, limits_of, received
 from dager_tutorial.cli.progress import progress, stoppable
 from dager_tutorial.cli.training import TrainingOptions
 from dager_tutorial.cli.typed import typed
@@ -123,7 +123,7 @@ def audit(
     page, limits = report.page(), limits_of(seed, time_budget, completion)
     if update is None:
         _check_live(report, head, before)
-        case = _live(*computed(model, *batch.draw(seed, label), client.config(seed), training))
+        case = _live(computed(model, *batch.draw(seed, label), client.config(seed), training))
     else:
         _check_file(report, batch, client, training)
         case = _received(update, model, before, report, client, head, seed)
@@ -150,13 +150,13 @@ def _check_file(report: ReportOptions, batch: BatchOptions, client: ClientOption
         )
 
 
-def _live(model: LanguageModel, update: Update, truth: Truth, head: Head) -> Case:
+def _live(case: Computed) -> Case:
     """The update that a client would send, computed here, and what the client knows."""
     from dager_tutorial.report.sent import Source
     from dager_tutorial.stopwatch import return_memory
 
     return_memory()
-    return Case(model, update, Source(), head, truth)
+    return Case(case.model, case.update, Source(), case.head, case.truth)
 
 
 def _received(

@@ -22,7 +22,6 @@ from dager_tutorial.errors import DagerError, quote
 if TYPE_CHECKING:
     from dager_tutorial.client.config import ClientConfig
     from dager_tutorial.evaluation.accuracy import Batch
-    from dager_tutorial.models.heads import Head
     from dager_tutorial.models.language_model import LanguageModel
 
 BATCH_SIZE = 8  # texts drawn from --data where --batch-size is not given
@@ -219,38 +218,6 @@ class ClientOptions:
         names = tuple(name.strip() for name in self.share.split(","))
         share = self.share if self.share in ("all", "attention") else names
         return ClientConfig(**vars(self) | {"share": share, "seed": seed})
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """The head that the server handed out; it is the server's to know."""
-
-    trained: Annotated[
-        Literal["classification", "next_token", "masked"] | None,
-        Option("--trained", help="The client's task; read off the update by default."),
-    ] = None
-    classes: Annotated[int, Option("--classes", min=2, help="Classes, where the head's gradient was not sent.")] = 2
-    head: Annotated[
-        Path | None,
-        Option("--head", help="A safetensors file of the head's weights by name; drawn from --seed by default."),
-    ] = None
-
-    def load(self, seed: int) -> Head | None:
-        """The head; None where the attack is to read the task off the update.
-
-        Args:
-            seed: Seed of a head that is drawn.
-
-        Raises:
-            DagerError: The file cannot be read.
-        """
-        from dager_tutorial.models.heads import Head
-        from dager_tutorial.update import Update
-
-        if self.trained is None and self.head is None and not seed and self.classes == 2:
-            return None
-        weights = Update.load(self.head).gradients if self.head is not None else {}
-        return Head(self.trained or "classification", self.classes, seed, weights=weights)
 
 
 @dataclass(frozen=True)

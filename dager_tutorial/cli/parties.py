@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from rich.console import RenderableType
 from typer import Argument, Option
 
 from dager_tutorial.cli import display, output
+from dager_tutorial.cli.defenses import DefenseOptions
+from dager_tutorial.cli.head import HeadOptions
 from dager_tutorial.cli.options import (
     BatchOptions,
     ClientOptions,
     Completion,
-    HeadOptions,
     Labels,
     ModelOptions,
     OutputOptions,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from dager_tutorial.server.budget import AttackConfig
     from dager_tutorial.update import Update
 
+UNDEFENDED = DefenseOptions()
 UpdateFile = Annotated[
     Path, Argument(metavar="UPDATE", help="A safetensors file of named gradients, or a checkpoint's optimizer.pt.")
 ]
@@ -58,16 +60,18 @@ def capture(
     label: Labels = None,
     client: ClientOptions,
     training: TrainingOptions,
+    defences: DefenseOptions,
     seed: Seed = 0,
     results: OutputOptions,
 ) -> None:
     """Play the client: compute the update of a private batch and write it as safetensors."""
     texts, labels = batch.draw(seed, label)
-    _, update, _, _ = computed(model, texts, labels, client.config(seed), training)
+    case = computed(model, texts, labels, client.config(seed), training, defences)
+    update = case.update
     update.save(out)
     numbers = sum(tensor.numel() for tensor in update.gradients.values())
     record = {"update": str(out), "model": model.model, "kind": update.kind, "tensors": len(update.gradients)}
-    record |= {"numbers": numbers, "batch_size": len(texts)}
+    record |= {"numbers": numbers, "batch_size": len(texts), **case.defences}
     results.finish(record, display.facts(record))
 
 
@@ -120,6 +124,7 @@ def attack(
     label: Labels = None,
     client: ClientOptions,
     training: TrainingOptions,
+    defences: DefenseOptions,
     completion: Completion = True,
     prompt: Prompt = "",
     time_budget: TimeBudget = None,
@@ -129,13 +134,14 @@ def attack(
     """Capture, recover and score in one go: how much would this batch give away?"""
     texts, labels = batch.draw(seed, label)
     config, limits = client.config(seed), limits_of(seed, time_budget, completion, prompt)
-    language_model, update, truth, head = computed(model, texts, labels, config, training)
+    case = computed(model, texts, labels, config, training, defences)
     from dager_tutorial.evaluation import metrics
 
-    found = attacked(language_model, update, head, limits)
-    points = metrics.score(found, truth)
-    shown = (display.status_lines(found), *_compared(points), display.times_table(found.seconds))
-    results.finish(found.to_json() | points.to_json(), *shown)
+    found = attacked(case.model, case.update, case.head, limits)
+    points = metrics.score(found, case.truth)
+    defended = [display.facts(case.defences)] if case.defences else []
+    shown = (*defended, display.status_lines(found), *_compared(points), display.times_table(found.seconds))
+    results.finish(case.defences | found.to_json() | points.to_json(), *shown)
 
 
 @flattened
@@ -174,10 +180,33 @@ def received(path: Path, model: ModelOptions, before: Path | None) -> tuple[Lang
     return model.load(), loaded
 
 
+class Computed(NamedTuple):
+    """An update that was computed here, and what belongs to it.
+
+    Attributes:
+        model: The model both sides know.
+        update: What the client sends.
+        truth: What it knows.
+        head: The head that it got.
+        defences: What there is to say of its defences; empty where it has none.
+    """
+
+    model: LanguageModel
+    update: Update
+    truth: Truth
+    head: Head
+    defences: dict[str, Any]
+
+
 def computed(
-    model: ModelOptions, texts: list[str], labels: list[int] | None, config: ClientConfig, training: TrainingOptions
-) -> tuple[LanguageModel, Update, Truth, Head]:
-    """The model, the update that a client sends, what the client knows, and the head that it got.
+    model: ModelOptions,
+    texts: list[str],
+    labels: list[int] | None,
+    config: ClientConfig,
+    training: TrainingOptions,
+    defences: DefenseOptions = UNDEFENDED,
+) -> Computed:
+    """The update that a client sends, and what belongs to it.
 
     Args:
         model: The model both sides know.
@@ -185,15 +214,24 @@ def computed(
         labels: Its classes.
         config: What the client does in a step.
         training: How many steps it takes.
+        defences: What it does against an attack.
 
     Raises:
         DagerError: The model or the batch cannot be had.
     """
-    rounds, language_model = training.plan(), model.load()
-    from dager_tutorial.evaluation.capture import captured
+    if defences.epsilon is not None and training.epochs is not None:
+        raise DagerError("--epsilon is DP-SGD of one step: leave out --epochs and what belongs to it")
+    local, language_model = training.local(), model.load()
+    from dager_tutorial.client.defended import play_defended, played
+    from dager_tutorial.client.step import head_of
 
     with waiting("computing the client's update"):
-        return language_model, *captured(language_model, texts, labels, config, rounds)
+        if defences == UNDEFENDED:
+            update, truth = played(language_model, texts, labels, config=config, training=local)
+            return Computed(language_model, update, truth, head_of(config, truth.labels), {})
+        protection = defences.protection()
+        sent = play_defended(language_model, texts, labels, config=config, training=local, protection=protection)
+    return Computed(language_model, sent.update, sent.truth, head_of(config, sent.truth.labels), sent.to_json())
 
 
 def limits_of(seed: int, time_budget: float | None, complete: bool, prompt: str = "") -> AttackConfig:

@@ -29,8 +29,8 @@ class TrainingOptions:
         bool, Option("--freeze-embeddings", help="FedAvg: embeddings are not trained, and not sent.")
     ] = False
 
-    def plan(self) -> LocalTraining | None:
-        """The same for the client: None for one step, whose gradient is sent.
+    def local(self) -> LocalTraining | None:
+        """The client's local training; None where it sends one gradient.
 
         Raises:
             DagerError: Something of local training is asked for, but no epochs.

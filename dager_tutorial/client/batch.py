@@ -6,7 +6,7 @@ Chapter `01_gradients_leak`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,19 @@ class PrivateBatch:
             hidden_size=model.hidden_size,
             frame=frame_ids(model.tokenizer),
         )
+
+
+def mini_batches(batch: PrivateBatch, size: int) -> Iterator[PrivateBatch]:
+    """The texts of a batch in their order, so many at a time; the last part may have fewer.
+
+    Args:
+        batch: The whole.
+        size: Texts of a part.
+    """
+    for start in range(0, len(batch.texts), size):
+        part = slice(start, start + size)
+        targets = None if batch.targets is None else batch.targets[part]
+        yield PrivateBatch(batch.texts[part], batch.labels[part], batch.inputs[part], targets)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ class ClientConfig:
 
     The threat model is the honest but curious server: it keeps to the protocol and reads what it is sent. It knows the
     model's weights, the tokenizer, the protocol and the head that it handed out, and receives the gradients of the
-    parameters in `share`, summed over the batch and changed by nothing. It is told neither texts nor labels, neither
+    parameters in `share`, summed over the batch. It is told neither texts nor labels, neither
     how many texts there are nor how long they are, and no value of this record: they shape the update and stay with the
-    client. The client trains without dropout, takes one step, adds no noise, clips nothing, and no secure aggregation
-    hides its update among others.
+    client. The client takes one step, and no secure aggregation hides its update among others. What it does to its
+    gradients before it sends them is in `client.defenses`.
 
     Attributes:
         task: `classification` (the architecture's sequence-classification class with a fresh seeded head),
@@ -43,6 +43,7 @@ class ClientConfig:
         max_length: Longest text in tokens, special ones included; longer texts are cut. None: no cut.
         seed: Seed of a fresh head, and of the masks.
         head_std: Standard deviation of a fresh head's map to the classes.
+        dropout: Probability with which every dropout layer of the network zeroes an entry; 0: evaluation mode.
 
     Raises:
         DagerError: An option may not have its value.
@@ -65,6 +66,7 @@ class ClientConfig:
     max_length: int | None = option(None, Within(1, 2**31 - 1, optional=True), "Tokens to which a text is cut.")
     seed: int = option(0, Within(-(2**63), 2**64 - 1), "Seed of a fresh head and of the masks.")
     head_std: float = option(1e-3, Within(0, whole=False), "Deviation of a fresh head's map to the classes.")
+    dropout: float = option(0.0, Within(0, 0.9, whole=False), "Probability of dropout, in training mode.")
 
     def __post_init__(self) -> None:
         """Freeze a list of names, then check every option."""

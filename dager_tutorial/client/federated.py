@@ -7,16 +7,17 @@ The client trains the model classes of transformers unmodified, with the optimis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dager_tutorial.client.batch import PrivateBatch, Truth, pad, read_batch
+from dager_tutorial.client.batch import PrivateBatch, Truth, mini_batches, pad, read_batch
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.constraints import OneOf, Within, check_options, option
+from dager_tutorial.client.dropout import dropping
 from dager_tutorial.client.sharing import shared_parameters
 from dager_tutorial.client.step import batch_loss, trainee
 from dager_tutorial.errors import DagerError
@@ -190,12 +191,12 @@ def _train(
     training: LocalTraining,
     trained: Mapping[str, nn.Parameter],
 ) -> None:
-    """All steps of all epochs, in place. No dropout: the network is in evaluation mode."""
+    """All steps of all epochs, in place."""
     for parameter in trained.values():
         parameter.requires_grad_(True)
     optimizer = _optimizer(training, list(trained.values()))
-    for _ in range(training.epochs):
-        for part in _mini_batches(batch, training.mini_batch):
+    with dropping(client, config.dropout, config.seed):
+        for part in training.epochs * tuple(mini_batches(batch, training.mini_batch)):
             padded = pad(part, client.config.pad_token_id, config.padding_side, client.device)
             batch_loss(client, adapter, padded, part.labels, config).backward()
             optimizer.step()
@@ -208,11 +209,3 @@ def _optimizer(training: LocalTraining, parameters: list[nn.Parameter]) -> torch
         return torch.optim.AdamW(parameters, lr=training.learning_rate)
     momentum = MOMENTUM if training.optimizer == "momentum" else 0.0
     return torch.optim.SGD(parameters, lr=training.learning_rate, momentum=momentum)
-
-
-def _mini_batches(batch: PrivateBatch, size: int) -> Iterator[PrivateBatch]:
-    """The texts in their order, so many at a time."""
-    for start in range(0, len(batch.texts), size):
-        part = slice(start, start + size)
-        targets = None if batch.targets is None else batch.targets[part]
-        yield PrivateBatch(batch.texts[part], batch.labels[part], batch.inputs[part], targets)

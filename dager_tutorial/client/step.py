@@ -5,8 +5,9 @@ The client runs the model classes of transformers unmodified.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from dager_tutorial.client.adapters import with_adapter
 from dager_tutorial.client.batch import Padded, PrivateBatch, Truth, pad, read_batch
 from dager_tutorial.client.config import DTYPES, ClientConfig
+from dager_tutorial.client.dropout import dropping
 from dager_tutorial.client.masking import IGNORED
 from dager_tutorial.client.sharing import check_memory, shared_parameters
 from dager_tutorial.errors import DagerError, UpdateError, quote
@@ -37,7 +39,7 @@ def client_update(
 ) -> Update:
     """Compute the update that a client with this batch would send in one step of FedSGD.
 
-    The model is in evaluation mode (no dropout) and left as it was: no parameter has or requires a gradient.
+    The model is in evaluation mode unless dropout is asked for, and left as it was: no parameter requires a gradient.
 
     Args:
         model: The shared model.
@@ -96,18 +98,82 @@ def head_of(config: ClientConfig, labels: Sequence[int] | None = None) -> Head:
 
 def _update(model: LanguageModel, batch: PrivateBatch, config: ClientConfig) -> Update:
     """Forward and backward pass of the client's network."""
+    network = ready(model, batch, config)
+    with training(network, config):
+        gradients = gradients_of(network, batch, config)
+    return as_update(gradients, model, config.dtype)
+
+
+class Ready(NamedTuple):
+    """A client's network before a step.
+
+    Attributes:
+        client: The network, its head included.
+        adapter: The adapter of the backbone inside it.
+        shared: The parameters whose gradients are sent, by name.
+    """
+
+    client: PreTrainedModel
+    adapter: Adapter
+    shared: dict[str, nn.Parameter]
+
+
+def ready(model: LanguageModel, batch: PrivateBatch, config: ClientConfig) -> Ready:
+    """The network that takes a step on a batch.
+
+    Args:
+        model: The shared model, whose parameters it has.
+        batch: The texts.
+        config: What the client does.
+
+    Raises:
+        DagerError: See `client_update`.
+    """
     backbone = in_dtype(model.network, getattr(torch, config.dtype))
     if model.adapter:
         backbone = with_adapter(backbone, model.adapter)
     adapter, client = adapter_for(backbone), trainee(model, backbone, batch, config)
-    padded = pad(batch, client.config.pad_token_id, config.padding_side, model.device)
     shared = shared_parameters(client, adapter, config.share)
-    streamed = is_streamed(backbone)
-    if streamed:
+    if is_streamed(backbone):
         check_memory(shared, config.share)
-    with requiring_grad(shared), recomputed(client) if streamed else nullcontext():
-        gradients = _gradients(batch_loss(client, adapter, padded, batch.labels, config), shared, config.share)
-    return _as_update(gradients, model, config.dtype)
+    return Ready(client, adapter, shared)
+
+
+@contextmanager
+def training(network: Ready, config: ClientConfig) -> Iterator[None]:
+    """Let a network take steps: what is sent requires a gradient, dropout is as it shall be.
+
+    Args:
+        network: The client's.
+        config: What the client does.
+
+    Raises:
+        DagerError: The network has no dropout where some is asked for.
+    """
+    client, streamed = network.client, is_streamed(network.adapter.network)
+    dropout = dropping(client, config.dropout, config.seed)
+    with requiring_grad(network.shared), dropout, recomputed(client) if streamed else nullcontext():
+        yield
+
+
+def gradients_of(network: Ready, batch: PrivateBatch, config: ClientConfig) -> dict[str, Tensor]:
+    """The gradients of the loss of a batch in the shared parameters it depends on, detached, on the CPU.
+
+    Args:
+        network: The client's, in `training`.
+        batch: The texts.
+        config: What the client does.
+
+    Raises:
+        DagerError: The loss depends on none of them.
+    """
+    client, adapter, shared = network
+    padded = pad(batch, client.config.pad_token_id, config.padding_side, client.device)
+    loss = batch_loss(client, adapter, padded, batch.labels, config)
+    if not loss.requires_grad:
+        raise DagerError(f"the loss depends on no parameter of share {quote(config.share)}: share others")
+    found = torch.autograd.grad(loss, list(shared.values()), allow_unused=True)
+    return {name: gradient.detach().cpu() for name, gradient in zip(shared, found, strict=True) if gradient is not None}
 
 
 def trainee(
@@ -164,18 +230,17 @@ def _labels(padded: Padded, classes: Sequence[int], task: str) -> Tensor:
     return padded.ids.masked_fill((padded.mask == 0) | (padded.mask.cumsum(-1) == 1), IGNORED)
 
 
-def _gradients(
-    loss: Float[Tensor, ""], shared: Mapping[str, nn.Parameter], share: str | Sequence[str]
-) -> dict[str, Tensor]:
-    """Gradients of the loss in the shared parameters it depends on, detached, on the CPU."""
-    if not loss.requires_grad:
-        raise DagerError(f"the loss depends on no parameter of share {quote(share)}: share others")
-    found = torch.autograd.grad(loss, list(shared.values()), allow_unused=True)
-    return {name: gradient.detach().cpu() for name, gradient in zip(shared, found, strict=True) if gradient is not None}
+def as_update(gradients: dict[str, Tensor], model: LanguageModel, dtype: str) -> Update:
+    """The update; where a gradient is not finite, the error says why and what to do.
 
+    Args:
+        gradients: By name.
+        model: The shared model.
+        dtype: In which the client trains.
 
-def _as_update(gradients: dict[str, Tensor], model: LanguageModel, dtype: str) -> Update:
-    """The update; where a gradient is not finite, the error says why and what to do."""
+    Raises:
+        DagerError: A gradient is not finite.
+    """
     try:
         return Update(gradients, model=model.name)
     except UpdateError as error:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-from torch import Tensor
-
+from dager_tutorial.client.defenses.chain import Defence, protected
+from dager_tutorial.client.defenses.clipping import Clipping, length, size
+from dager_tutorial.client.defenses.noise import Noise
+from dager_tutorial.client.defenses.rounding import Rounding
 from dager_tutorial.evaluation.parts import ATTENTION, EMBEDDINGS, HEAD, Part, parts_of_update
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.update import Update
@@ -20,8 +21,6 @@ from dager_tutorial.update import Update
 UNCHANGED, CLIPPING, NOISE, ROUNDING, SHARING = "as sent", "clipping", "noise", "rounding", "sharing"
 NOISE_LEVELS = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1)
 """Length of the noise over that of the update."""
-NOISE_SEED = 1_618_033_988
-"""No seed that the attack takes for its own draws: noise from one of those would be measured wrongly."""
 
 
 @dataclass(frozen=True)
@@ -54,70 +53,13 @@ def usual_changes(model: LanguageModel, update: Update) -> tuple[Change, ...]:
     """
     return (
         Change(UNCHANGED, "as it was sent", 1.0, lambda update: update),
-        Change(CLIPPING, "clipped to a tenth of its norm", 0.1, partial(scaled, factor=0.1)),
+        _changed(CLIPPING, "clipped to a tenth of its norm", 0.1, Clipping(0.1 * length(update.gradients))),
         *_noises(update),
-        Change(ROUNDING, "every number rounded to bfloat16", 16, partial(rounded, dtype=torch.bfloat16)),
-        Change(ROUNDING, "every number rounded to float16", 16, partial(rounded, dtype=torch.float16)),
-        Change(ROUNDING, "every number rounded to 8 bits (int8)", 8, quantised),
+        _changed(ROUNDING, "every number rounded to bfloat16", 16, Rounding("bfloat16")),
+        _changed(ROUNDING, "every number rounded to float16", 16, Rounding("float16")),
+        _changed(ROUNDING, "every number rounded to 8 bits (int8)", 8, Rounding("int8")),
         *_fewer(parts_of_update(model, update), update),
     )
-
-
-def scaled(update: Update, factor: float) -> Update:
-    """The update with its norm clipped to a part of it: every number times one factor.
-
-    Args:
-        update: What the client sent.
-        factor: The new norm over the old one.
-    """
-    return _each(update, lambda tensor: tensor * factor)
-
-
-def noised(update: Update, level: float, seed: int = NOISE_SEED) -> Update:
-    """The update with independent Gaussian noise on every number, of one deviation.
-
-    Args:
-        update: What the client sent.
-        level: Length of the noise over the length of the update.
-        seed: Seed of the noise.
-    """
-    deviation = level * length(update) / math.sqrt(size(update))
-    draw = torch.Generator().manual_seed(seed)
-
-    def add(tensor: Tensor) -> Tensor:
-        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        return torch.randn(tensor.shape, generator=draw, dtype=wide).mul_(deviation).add_(tensor)
-
-    return _each(update, add)
-
-
-def rounded(update: Update, dtype: torch.dtype) -> Update:
-    """The update with every number rounded to a narrower type.
-
-    Args:
-        update: What the client sent.
-        dtype: The type.
-
-    Raises:
-        UpdateError: A number is larger than any of the type.
-    """
-    return _each(update, lambda tensor: tensor.to(dtype))
-
-
-def quantised(update: Update, bits: int = 8) -> Update:
-    """The update with every number rounded to the nearest of 2^bits - 1 steps, even from minus to plus the largest.
-
-    Args:
-        update: What the client sent.
-        bits: Of one number.
-    """
-    steps = 2 ** (bits - 1) - 1
-
-    def quantise(tensor: Tensor) -> Tensor:
-        step = tensor.abs().max().float().clamp(min=torch.finfo(torch.float32).tiny) / steps
-        return (tensor.float() / step).round() * step
-
-    return _each(update, quantise)
 
 
 def restricted(update: Update, names: frozenset[str]) -> Update:
@@ -137,11 +79,25 @@ def restricted(update: Update, names: frozenset[str]) -> Update:
 def _noises(update: Update) -> Iterator[Change]:
     """Noise from hardly any to that of differential privacy, which is as large on every number as the whole update."""
     for level in NOISE_LEVELS:
-        name = f"noise as long as {100 * level:g} % of the update"
-        yield Change(NOISE, name, level, partial(noised, level=level))
-    private = math.sqrt(size(update))
+        yield _changed(NOISE, f"noise as long as {100 * level:g} % of the update", level, noise_as_long(update, level))
+    private = math.sqrt(size(update.gradients))
     name = "noise of differential privacy, multiplier 1 at this norm"
-    yield Change(NOISE, name, private, partial(noised, level=private))
+    yield _changed(NOISE, name, private, noise_as_long(update, private))
+
+
+def _changed(kind: str, name: str, level: float, defence: Defence) -> Change:
+    """A client's defence as a change."""
+    return Change(kind, name, level, lambda update: protected(update, [defence])[0])
+
+
+def noise_as_long(update: Update, level: float) -> Noise:
+    """Noise of a length that is given as a share of an update's.
+
+    Args:
+        update: What the client sent.
+        level: Length of the noise over the length of the update.
+    """
+    return Noise(level * length(update.gradients) / math.sqrt(size(update.gradients)))
 
 
 def _fewer(parts: dict[str, Part], update: Update) -> Iterator[Change]:
@@ -157,7 +113,7 @@ def _fewer(parts: dict[str, Part], update: Update) -> Iterator[Change]:
             part.block is None or part.block >= blocks // 2
         ),
     }
-    total = size(update)
+    total = size(update.gradients)
     seen = {frozenset(parts)}
     for name, keep in choices.items():
         names = frozenset(each for each, part in parts.items() if keep(part))
@@ -166,26 +122,3 @@ def _fewer(parts: dict[str, Part], update: Update) -> Iterator[Change]:
         seen.add(names)
         share = sum(update.gradients[each].numel() for each in names) / total
         yield Change(SHARING, name, share, partial(restricted, names=names))
-
-
-def _each(update: Update, change: Callable[[Tensor], Tensor]) -> Update:
-    return replace(update, gradients={name: change(tensor) for name, tensor in update.gradients.items()})
-
-
-def size(update: Update) -> int:
-    """How many numbers an update has.
-
-    Args:
-        update: What the client sent.
-    """
-    return sum(tensor.numel() for tensor in update.gradients.values())
-
-
-def length(update: Update) -> float:
-    """The length of an update: the root of the sum of all squares.
-
-    Args:
-        update: What the client sent.
-    """
-    squares = (float(torch.linalg.vector_norm(each, dtype=torch.float64)) ** 2 for each in update.gradients.values())
-    return math.sqrt(sum(squares))

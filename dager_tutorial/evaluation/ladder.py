@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dager_tutorial.client.batch import Truth
+from dager_tutorial.client.defenses.clipping import size
 from dager_tutorial.errors import UpdateError
 from dager_tutorial.evaluation import metrics
-from dager_tutorial.evaluation.changes import NOISE, ROUNDING, UNCHANGED, Change, size
+from dager_tutorial.evaluation.changes import NOISE, ROUNDING, UNCHANGED, Change
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel, frame_ids
 from dager_tutorial.reconstruction import Reconstruction
@@ -88,7 +89,7 @@ def climb(
     Yields:
         One rung a change, in their order.
     """
-    numbers = size(update)
+    numbers = size(update.gradients)
     for done, change in enumerate(changes):
         if progress is not None:
             progress("changes", done, len(changes))

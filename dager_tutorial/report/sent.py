@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dager_tutorial.evaluation.changes import length, size
+from dager_tutorial.client.defenses.clipping import length, size
 from dager_tutorial.evaluation.parts import KINDS, Part, parts_of_network, parts_of_update
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel
@@ -135,8 +135,8 @@ def sent_of(model: LanguageModel, update: Update, source: Source) -> Sent:
         update.model,
         update.kind,
         update.learning_rate,
-        numbers=size(update),
-        length=length(update),
+        numbers=size(update.gradients),
+        length=length(update.gradients),
         dtypes=dict(dtypes),
         parts=_parts(update, parts, _there(model, update)),
         tensors=tuple(

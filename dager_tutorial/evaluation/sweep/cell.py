@@ -14,8 +14,9 @@ import transformers
 from dager_tutorial import __version__
 from dager_tutorial.client.adapters import TRAINED_ON, LoraConfig, hand_out
 from dager_tutorial.client.batch import Truth
+from dager_tutorial.client.defended import Defended, play_defended
+from dager_tutorial.client.step import head_of
 from dager_tutorial.data import load_texts, sample_batch
-from dager_tutorial.evaluation.capture import captured
 from dager_tutorial.evaluation.metrics import score, wanted
 from dager_tutorial.evaluation.rows import distinct_rows
 from dager_tutorial.evaluation.sweep.attackers import Received
@@ -63,13 +64,18 @@ class Work:
         warm_up(model.device)
         forget_peaks(model.device)
         with sparing(model):
-            client = timed(lambda: captured(model, texts, labels, plan.client, plan.training))
-        update, truth, head = client.result
+            client = timed(lambda: _sent(plan, model, texts, labels))
+        update, truth, head = (
+            client.result.update,
+            client.result.truth,
+            head_of(plan.client, client.result.truth.labels),
+        )
         spent = timed(lambda: plan.attacker.run(Received(model, update, head, truth), plan.options))
         found, stages = spent.result, spent.result.reconstruction.seconds
         return {
             **_scores(found.reconstruction, truth, causal=adapter_for(model.network).causal),
             **found.columns,
+            **{f"sent.{name}": value for name, value in client.result.to_json().items()},
             "n_parameters": model.network.num_parameters(),
             "seconds.client": client.seconds,
             "seconds.attack": spent.seconds,
@@ -86,6 +92,12 @@ class Work:
             cell: Names the corpus, the size and the seed.
         """
         return sample_batch(_corpus(cell["corpus"], self.texts), cell["batch_size"], cell["seed"])
+
+
+def _sent(plan: Plan, model: LanguageModel, texts: list[str], labels: list[int]) -> Defended:
+    """Play the client."""
+    options: dict[str, Any] = {"config": plan.client, "training": plan.training, "protection": plan.protection}
+    return play_defended(model, texts, labels, **options)
 
 
 def _scores(found: Reconstruction, truth: Truth, *, causal: bool) -> dict[str, Any]:

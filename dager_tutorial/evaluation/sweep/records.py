@@ -9,7 +9,13 @@ from typing import Any
 
 from dager_tutorial.client.adapters import LoraConfig
 from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.client.defended import Protection
+from dager_tutorial.client.defenses.clipping import Clipping
+from dager_tutorial.client.defenses.noise import Noise
+from dager_tutorial.client.defenses.pruning import PercentileFilter, Pruning
+from dager_tutorial.client.defenses.rounding import Rounding
 from dager_tutorial.client.federated import LocalTraining
+from dager_tutorial.client.private import Privacy
 from dager_tutorial.errors import DagerError
 from dager_tutorial.evaluation.sweep.attackers import ATTACKERS, Attacker
 from dager_tutorial.evaluation.sweep.cells import AXES, Cell, group_of
@@ -19,6 +25,9 @@ MODEL = ("blocks", "seed", "stream")
 
 GROUPS = {"client": ClientConfig, "training": LocalTraining, "adapter": LoraConfig}
 """Groups of a setting, and the record that each fills."""
+
+CHAIN = {"clipping": Clipping, "noise": Noise, "pruning": Pruning, "percentile": PercentileFilter, "rounding": Rounding}
+"""Defences of gradients, and the record of each; they are done in the order in which a cell has them."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Plan:
         client: What the client does in a step; one seed for its head, whatever drew the batch.
         training: How it trains for several steps; None for one gradient.
         adapter: The adapter that the server hands out first; None for none.
+        protection: What the client does against an attack.
         attacker: Who attacks.
         options: The attacker's options.
     """
@@ -38,6 +48,7 @@ class Plan:
     client: ClientConfig
     training: LocalTraining | None
     adapter: LoraConfig | None
+    protection: Protection
     attacker: Attacker
     options: Any
 
@@ -51,7 +62,7 @@ def plan_of(cell: Mapping[str, Any]) -> Plan:
     Raises:
         DagerError: An option is unknown or may not have its value; the message begins with its dotted name.
     """
-    known = {"model", "attack", *GROUPS}
+    known = {"model", "attack", "defence", *GROUPS}
     for name in cell:
         group = name.partition(".")[0]
         if group not in known and name not in AXES:
@@ -61,9 +72,26 @@ def plan_of(cell: Mapping[str, Any]) -> Plan:
     model = group_of(cell, "model")
     check_names("model", model, set(MODEL))
     made = {group: _record(group, record, group_of(cell, group)) for group, record in GROUPS.items()}
-    attacker = ATTACKERS[cell["attack"]]
-    options = attacker.read(group_of(cell, "attack"))
-    return Plan(model, made["client"] or ClientConfig(), made["training"], made["adapter"], attacker, options)
+    attacker, client = ATTACKERS[cell["attack"]], made["client"] or ClientConfig()
+    return Plan(
+        model=model,
+        client=client,
+        training=made["training"],
+        adapter=made["adapter"],
+        protection=_protection(group_of(cell, "defence"), client.dropout),
+        attacker=attacker,
+        options=attacker.read(group_of(cell, "attack")),
+    )
+
+
+def _protection(options: Mapping[str, Any], dropout: float) -> Protection:
+    """What a client does against an attack: DP-SGD (`privacy`), and a chain of defences in their order."""
+    kinds = list(dict.fromkeys(name.partition(".")[0] for name in options))
+    check_names("defence", dict.fromkeys(kinds), {"privacy", *CHAIN})
+    made = {
+        kind: _record(f"defence.{kind}", {"privacy": Privacy, **CHAIN}[kind], group_of(options, kind)) for kind in kinds
+    }
+    return Protection(dropout, made.pop("privacy", None), tuple(made.values()))
 
 
 def check_cells(cells: list[Cell], source: str) -> None:
