@@ -15,7 +15,9 @@ from dager_tutorial.client.defenses.clipping import Clipping
 from dager_tutorial.client.defenses.noise import Noise
 from dager_tutorial.client.federated import LocalTraining
 from dager_tutorial.client.private import Privacy
+from dager_tutorial.client.step import play
 from dager_tutorial.errors import DagerError
+from dager_tutorial.evaluation.starts import starting_tokens
 from dager_tutorial.evaluation.sweep import cell as cells_done
 from dager_tutorial.evaluation.sweep import devices, workers
 from dager_tutorial.evaluation.sweep.cells import key_of
@@ -23,6 +25,7 @@ from dager_tutorial.evaluation.sweep.grid import cells_of, read_axes, read_grids
 from dager_tutorial.evaluation.sweep.pool import Engine
 from dager_tutorial.evaluation.sweep.records import GROUPS, check_cells, plan_of
 from dager_tutorial.evaluation.sweep.store import read_rows
+from dager_tutorial.textbook.spans import textbook_span
 
 GRID = """
 grids:
@@ -215,3 +218,24 @@ def test_an_engine_without_its_library_says_what_to_install(monkeypatch):
         pass
     with pytest.raises(DagerError, match="needs --address"):
         Engine("dask")
+
+
+# ---- the textbook's options
+
+
+def test_the_tokens_that_begin_texts_pass_both_tests(tiny_gpt2, random_texts):
+    texts = random_texts(4, seed=2)
+    update, truth = play(tiny_gpt2, texts)
+    first, both = starting_tokens(tiny_gpt2, update)
+    begin = {(ids[0],) for ids in truth.sequences}
+    assert set(both) == begin and first >= len(both)
+    everything, none = starting_tokens(tiny_gpt2, update, threshold_0=2.0, threshold_1=0.0)
+    assert everything == len(tiny_gpt2.tokenizer) and none == []
+
+
+def test_a_rank_cutoff_leaves_something_to_test_in_a_full_span():
+    full = torch.randn(40, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert textbook_span(full).shape == (16, 16)
+    kept = textbook_span(full, rank_cutoff=5)
+    assert torch.equal(kept, textbook_span(full)[:, :11])
+    assert textbook_span(full[:3], rank_cutoff=5).shape == (16, 3)  # a rank far below is left alone
