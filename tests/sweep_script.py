@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -20,6 +22,13 @@ def square(cell: Mapping[str, Any]) -> dict[str, Any]:
     if cell["seed"] % 7 == 3:
         raise ValueError(f"seven and {cell['seed']}")
     return {"square": cell["seed"] ** 2}
+
+
+def deadly(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Kills whoever does the sixth cell, as the system does where memory ends."""
+    if cell["seed"] == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return square(cell)
 
 
 def cells(count: int) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import sweep_script
-from sweep_script import cells, square
+from sweep_script import cells, deadly, square
 
 from dager_tutorial.errors import DagerError
 from dager_tutorial.evaluation.sweep.cells import key_of
@@ -141,6 +141,14 @@ def test_three_kills_leave_no_trace(workers, tmp_path):
     assert last.returncode == 0 and len(out.splitlines()) == count - before  # what was missing and nothing else
     lines = [json.loads(line) for line in (tmp_path / "killed" / ROWS).read_bytes().splitlines()]
     assert told(lines) == undisturbed  # each once
+
+
+def test_a_worker_that_is_killed_ends_the_sweep_with_advice_and_the_rows_so_far(tmp_path):
+    with Store(tmp_path) as store, pytest.raises(DagerError, match=r"want of memory.*fewer --workers"):
+        list(run_sweep(cells(40), deadly, store, Engine(workers=2)))
+    seeds = [row["seed"] for row in read_rows(tmp_path)] if (tmp_path / ROWS).stat().st_size else []
+    assert 5 not in seeds and len(seeds) == len(set(seeds))
+    assert len(swept(tmp_path, 40, workers=2)) == 40 - len(seeds)
 
 
 @pytest.fixture
