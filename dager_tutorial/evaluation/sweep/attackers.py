@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
-from dager_tutorial.client.batch import Truth
 from dager_tutorial.errors import DagerError
 from dager_tutorial.evaluation.starts import starting_tokens
+from dager_tutorial.evaluation.sweep.attacker import Attacker, Found, Received, check_options
 from dager_tutorial.models import adapter_for
-from dager_tutorial.models.heads import Head
-from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.attack import attack
 from dager_tutorial.server.budget import AttackConfig
@@ -21,53 +18,11 @@ from dager_tutorial.status import Status
 from dager_tutorial.textbook.choices import EncoderSearchOptions
 from dager_tutorial.textbook.decoder import textbook_attack
 from dager_tutorial.textbook.encoder import textbook_encoder_attack
-from dager_tutorial.update import Update
-
-
-@dataclass(frozen=True)
-class Received:
-    """What an attacker gets.
-
-    Attributes:
-        model: The model both sides know.
-        update: What the client sent.
-        head: The head that the server handed out.
-        truth: What a prior attack is told besides, by its own definition (lengths, labels); the others get none of it.
-    """
-
-    model: LanguageModel
-    update: Update
-    head: Head
-    truth: Truth
-
-
-class Found(NamedTuple):
-    """What an attack found.
-
-    Attributes:
-        reconstruction: The texts.
-        columns: What else its row is to say, by column.
-    """
-
-    reconstruction: Reconstruction
-    columns: Mapping[str, Any] = MappingProxyType({})
-
-
-class Attacker(NamedTuple):
-    """An attack.
-
-    Attributes:
-        read: Makes its record of options from JSON values; raises DagerError where there are no such options.
-        run: Attacks, with these options.
-    """
-
-    read: Callable[[Mapping[str, Any]], Any]
-    run: Callable[[Received, Any], Found]
 
 
 def _read_limits(options: Mapping[str, Any]) -> AttackConfig:
     named = dict(options)
-    _check(named, {field.name for field in fields(AttackConfig)} - {"stop"})
+    check_options(named, {field.name for field in fields(AttackConfig)} - {"stop"})
     if "without" in named:
         named["without"] = frozenset(named["without"])
     try:
@@ -88,7 +43,7 @@ def _read_textbook(options: Mapping[str, Any]) -> dict[str, Any]:
     known = {
         name for name, each in inspect.signature(textbook_attack).parameters.items() if each.kind is each.KEYWORD_ONLY
     }
-    _check(options, (known | SEARCH) - {"progress"})
+    check_options(options, (known | SEARCH) - {"progress"})
     EncoderSearchOptions(**{name: value for name, value in options.items() if name in SEARCH})
     return dict(options)
 
@@ -102,7 +57,7 @@ def _textbook(received: Received, options: Mapping[str, Any]) -> Found:
 
 
 def _read_thresholds(options: Mapping[str, Any]) -> dict[str, Any]:
-    _check(options, {"threshold_0", "threshold_1"})
+    check_options(options, {"threshold_0", "threshold_1"})
     return dict(options)
 
 
@@ -111,12 +66,6 @@ def _starts(received: Received, thresholds: Mapping[str, float]) -> Found:
     texts = tuple(map(received.model.text_of, both))
     found = Reconstruction(tuple(both), texts, (1.0,) * len(both), Status.PARTIAL, model=received.model.name)
     return Found(found, {"starts.first": first, "starts.both": len(both)})
-
-
-def _check(options: Mapping[str, Any], known: set[str]) -> None:
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise DagerError(f"attack.{unknown[0]}: no such option, there are {', '.join(sorted(known))}")
 
 
 ATTACKERS = {

@@ -19,7 +19,7 @@ from dager_tutorial.client.step import head_of
 from dager_tutorial.data import load_texts, sample_batch
 from dager_tutorial.evaluation.metrics import score, wanted
 from dager_tutorial.evaluation.rows import distinct_rows
-from dager_tutorial.evaluation.sweep.attackers import Received
+from dager_tutorial.evaluation.sweep.attacker import Received
 from dager_tutorial.evaluation.sweep.cells import Cell
 from dager_tutorial.evaluation.sweep.devices import claimed, forget_peaks, peaks, sparing
 from dager_tutorial.evaluation.sweep.records import Plan, plan_of

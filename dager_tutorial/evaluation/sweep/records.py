@@ -17,7 +17,8 @@ from dager_tutorial.client.defenses.rounding import Rounding
 from dager_tutorial.client.federated import LocalTraining
 from dager_tutorial.client.private import Privacy
 from dager_tutorial.errors import DagerError
-from dager_tutorial.evaluation.sweep.attackers import ATTACKERS, Attacker
+from dager_tutorial.evaluation.sweep.attacker import Attacker
+from dager_tutorial.evaluation.sweep.attackers import ATTACKERS
 from dager_tutorial.evaluation.sweep.cells import AXES, Cell, group_of
 
 MODEL = ("blocks", "seed", "stream")
