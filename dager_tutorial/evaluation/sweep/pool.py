@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,12 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from dager_tutorial.errors import DagerError
 
 ENGINES = ("local", "dask", "ray")
+Pool = Callable[[Iterable[Any]], Iterable[Any]]
+"""Called with joblib's delayed calls; gives their results in any order."""
+
+ROUND = 4
+"""Calls for each processor of a Ray cluster: its joblib backend hands results back when all of a round are done."""
+
 INSTALL = "pip install 'dager-tutorial[{}]'"
 
 
@@ -47,7 +54,7 @@ class Engine:
             raise DagerError("engine dask needs --address, such as tcp://127.0.0.1:8786")
 
     @contextmanager
-    def pool(self) -> Iterator[joblib.Parallel]:
+    def pool(self) -> Iterator[Pool]:
         """What runs delayed calls and hands back results as they come.
 
         Raises:
@@ -55,15 +62,14 @@ class Engine:
         """
         try:
             with self._configured():
-                yield joblib.Parallel(n_jobs=self._jobs(), return_as="generator_unordered")
+                yield (
+                    _in_rounds if self.name == "ray" else joblib.Parallel(self.workers, return_as="generator_unordered")
+                )
         except TerminatedWorkerError as error:
             raise DagerError(
                 "a worker was killed, most likely for want of memory: the rows so far are kept; "
                 "run again with fewer --workers"
             ) from error
-
-    def _jobs(self) -> int:
-        return self.workers if self.name == "local" else -1
 
     @contextmanager
     def _configured(self) -> Iterator[None]:
@@ -73,7 +79,10 @@ class Engine:
             with joblib.parallel_config("loky", inner_max_num_threads=each):
                 yield
         elif self.name == "dask":
-            with self._dask() as client, joblib.parallel_config("dask", client=client):
+            with (
+                self._dask() as client,
+                joblib.parallel_config("dask", client=client),
+            ):  # joblib asks it for all workers
                 yield
         else:
             self._ray()
@@ -102,3 +111,12 @@ class Engine:
         if not ray.is_initialized():
             ray.init(address=self.address or None)
         register_ray()
+
+
+def _in_rounds(calls: Iterable[Any]) -> Iterator[Any]:
+    """Results of a backend that keeps them to itself until all are there: a few calls at a time."""
+    import ray
+
+    left, size = iter(calls), ROUND * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    while part := list(itertools.islice(left, size)):
+        yield from joblib.Parallel(n_jobs=-1)(part)

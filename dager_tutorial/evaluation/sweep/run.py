@@ -47,8 +47,8 @@ def run_sweep(cells: Sequence[Cell], compute: Compute, store: Store, engine: Eng
         DagerError: The engine cannot be had, or a worker was killed. Rows stored so far stay.
     """
     engine = engine or Engine()
-    with engine.pool() as parallel:
-        for row in parallel(joblib.delayed(row_of)(compute, cell) for cell in cells):
+    with engine.pool() as pool:
+        for row in pool(joblib.delayed(row_of)(compute, cell) for cell in cells):
             if row["key"] not in store.rows or store.rows[row["key"]].get("error"):
                 store.append(row)
                 yield row
