@@ -92,7 +92,7 @@ def sweep(
     from dager_tutorial.evaluation.sweep.store import Store
 
     check_cells(cells, source)
-    work = Work(device, None if texts is None else str(texts), threads)
+    work = Work(device, None if texts is None else str(texts.absolute()), threads)
     with Store(rows) as store:
         todo = missing(cells, store, retry=retry)
         _begin(store.damaged, len(cells), len(todo), rows)

@@ -85,13 +85,20 @@ class Store:
 
         Args:
             row: JSON types, its cell's key under `key`.
+
+        Raises:
+            DagerError: The disk is full, or gone.
         """
         assert self._file is not None, "a store is written to inside its block"
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        written = os.write(self._file, line)
-        while written < len(line):  # a signal or a full disk may cut a write short
-            written += os.write(self._file, line[written:])
-        os.fsync(self._file)
+        try:
+            while line:  # a write may be cut short
+                line = line[os.write(self._file, line) :]
+            os.fsync(self._file)
+        except OSError as error:
+            raise DagerError(
+                f"{self.folder}: a row cannot be written ({error.strerror}): make room, run again"
+            ) from error
         self.rows[row["key"]] = dict(row)
 
     def _open(self) -> None:
