@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import sweep_script
 from sweep_script import cells, deadly, square
 
 from dager_tutorial.errors import DagerError
+from dager_tutorial.evaluation.sweep import store
 from dager_tutorial.evaluation.sweep.cells import key_of
 from dager_tutorial.evaluation.sweep.pool import Engine
 from dager_tutorial.evaluation.sweep.run import Estimate, missing, row_of, run_sweep
@@ -91,6 +93,25 @@ def test_a_second_sweep_in_the_same_folder_is_turned_away_and_spoils_nothing(tmp
             pass
         store.append(row_of(square, cells(2)[1]))
     assert len(swept(tmp_path, 4)) == 2 and len(read_rows(tmp_path)) == 4
+
+
+def test_a_disk_that_fills_up_is_said_and_costs_one_row(tmp_path, monkeypatch):
+    swept(tmp_path, 2)
+    whole = os.write
+
+    def fills_up(handle, line):
+        """Half of a line, then nothing."""
+        monkeypatch.setattr(store.os, "write", full)
+        return whole(handle, line[: len(line) // 2])
+
+    def full(handle, line):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store.os, "write", fills_up)
+    with pytest.raises(DagerError, match="No space left on device"):
+        swept(tmp_path, 5)
+    monkeypatch.undo()
+    assert [row["seed"] for row in read_rows(tmp_path)] == [0, 1] and len(swept(tmp_path, 5)) == 3
 
 
 def test_a_folder_without_rows_says_so(tmp_path):
