@@ -1,6 +1,6 @@
 """A client that defends itself: training with dropout or DP-SGD, then what is done to the gradients.
 
-Chapter `11_limits`.
+Chapter `14_defences`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Protection:
         privacy: What DP-SGD shall promise; None for a plain step.
         chain: What is done to the gradients, first things first.
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
 
     dropout: float = 0.0
@@ -115,7 +115,7 @@ def play_defended(
     Raises:
         DagerError: See `step.client_update` and `federated.local_update`; DP-SGD is asked for with several steps.
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
     config = replace(config or ClientConfig(), dropout=protection.dropout)
     told = f"dropout={protection.dropout:g}" if protection.dropout else None

@@ -1,4 +1,4 @@
-"""Dropout as a client trains with it: some inputs of every layer are zeroed by chance (chapter `11_limits`)."""
+"""Dropout as a client trains with it: some inputs of every layer are zeroed by chance (chapter `14_defences`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def dropping(network: PreTrainedModel, probability: float, seed: int) -> Iterato
     Raises:
         DagerError: The network has no dropout.
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
     if not probability:
         yield

@@ -1,6 +1,6 @@
 """DP-SGD: each text's own gradient is clipped, the sum is noised, and an accountant says what that promises.
 
-Chapter `11_limits`. Needs the extra `opacus`, whose optimiser clips and noises and whose accountant counts.
+Chapter `14_defences`. Needs the extra `opacus`, whose optimiser clips and noises and whose accountant counts.
 
 Texts pass one by one, as Opacus' own virtual steps do: a text's gradient is then that of its own loss, no layer needs a
 rule, and there is one text's gradient in memory.
@@ -55,7 +55,7 @@ class Privacy:
         >>> round(Privacy(epsilon=1.0).one_release, 2)
         4.84
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
 
     epsilon: float = option(8.0, Within(1e-3, 1e4, whole=False), "The promise of all steps together.")
@@ -142,7 +142,7 @@ def accounted(privacy: Privacy) -> Accounting:
     Raises:
         DagerError: Opacus is not there, or no noise keeps the promise.
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
     utils: Any = _opacus("accountants.utils")
     asked = {"target_epsilon": privacy.epsilon, "target_delta": privacy.delta, "accountant": ACCOUNTANT}
@@ -196,7 +196,7 @@ def private_gradients(
     Raises:
         DagerError: Opacus is not there.
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
     texts = list(mini_batches(batch, 1))
     expected = expected or len(texts)
@@ -245,7 +245,7 @@ def play_privately(
     Raises:
         DagerError: See `step.client_update`; or Opacus is not there.
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
     config = config or ClientConfig()
     batch = read_batch(model, texts, labels, config)

@@ -1,4 +1,4 @@
-"""Several defences, one after the other, and what they left (chapter `11_limits`)."""
+"""Several defences, one after the other, and what they left (chapter `14_defences`)."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def protected(update: Update, defences: Sequence[Defence], seed: int = 0) -> tup
         >>> update.defences, left.bytes
         ('bits=bfloat16', 8)
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
     gradients, draw = update.gradients, generator(seed)
     norm, bounded, deviation = length(gradients), None, 0.0

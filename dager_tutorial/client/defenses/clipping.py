@@ -1,4 +1,4 @@
-"""Clipping: a gradient that is longer than allowed is shortened (chapter `11_limits`)."""
+"""Clipping: a gradient that is longer than allowed is shortened (chapter `14_defences`)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Clipping:
         >>> Clipping(1.0)({"w": torch.tensor([3.0, 4.0])})["w"]
         tensor([0.6000, 0.8000])
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
 
     norm: float = option(1.0, Within(0, whole=False), "The largest length.")

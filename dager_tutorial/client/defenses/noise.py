@@ -1,4 +1,4 @@
-"""Gaussian noise of one deviation on every number (chapter `11_limits`).
+"""Gaussian noise of one deviation on every number (chapter `14_defences`).
 
 Noise alone promises nothing about a single text. What promises something is `client.private`: noise behind the clipping
 of each text's own gradient.
@@ -43,7 +43,7 @@ class Noise:
         >>> round(float(noised.std()) * 1e3, 1)
         1.0
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
 
     deviation: float = option(1e-4, Within(0, whole=False), "Standard deviation.")

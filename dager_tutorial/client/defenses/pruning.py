@@ -1,4 +1,4 @@
-"""Pruning: most entries of a gradient are set to zero, and so need not be sent (chapter `11_limits`)."""
+"""Pruning: most entries of a gradient are set to zero, and so need not be sent (chapter `14_defences`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Pruning:
         >>> Pruning(50)({"w": torch.tensor([1.0, -3.0, 2.0, 0.5])})["w"]
         tensor([ 0., -3.,  2.,  0.])
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
 
     keep: float = option(10.0, Within(1e-6, 100, whole=False), "Entries kept, in per cent.")
@@ -101,7 +101,7 @@ class PercentileFilter:
         >>> PercentileFilter()({"w": torch.tensor([0.001, -0.005, 0.5])})["w"]
         tensor([ 0.0000, -0.0050,  0.0100])
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
 
     percentile: float = option(10.0, Within(0, 100, whole=False), "Share of the smallest entries that is dropped.")

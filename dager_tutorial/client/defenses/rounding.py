@@ -1,4 +1,4 @@
-"""Quantisation: numbers with fewer bits (chapter `11_limits`)."""
+"""Quantisation: numbers with fewer bits (chapter `14_defences`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Rounding:
         >>> Rounding("sign")({"w": torch.tensor([1.0, -3.0])})["w"]
         tensor([ 2., -2.])
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
 
     to: str = option("int8", OneOf(tuple(BITS)), "The type.")

@@ -1,4 +1,4 @@
-"""Not sharing: some tensors stay with the client, as where they are frozen (chapter `11_limits`)."""
+"""Not sharing: some tensors stay with the client, as where they are frozen (chapter `14_defences`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Withholding:
         >>> list(Withholding(frozenset({"b"}), "biases alone")({"w": torch.ones(2), "b": torch.ones(1)}))
         ['b']
 
-    Chapter `11_limits`.
+    Chapter `14_defences`.
     """
 
     names: frozenset[str]

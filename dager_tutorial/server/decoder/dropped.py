@@ -1,6 +1,6 @@
 """Prefixes of a client that drops attention weights: its masks are unknown, and linear.
 
-Chapter `11_limits`.
+Chapter `14_defences`.
 
 Dropout multiplies each head's attention weights with a mask, so that what enters the attention's output map is not
 known of a prefix. But it stays a combination of the prefix's values, head by head: the vectors of that shape which lie

@@ -1,6 +1,6 @@
 """Masks that no gradient prints alone: least absolute deviations from block 0's span.
 
-Chapter `11_limits`.
+Chapter `14_defences`.
 
 A masked sum of embeddings lies in the span of block 0, up to the gain and the mean of the norm. The whole sum differs
 from it at the masked coordinates only, one in ten; and the combination of the span with the least absolute deviations

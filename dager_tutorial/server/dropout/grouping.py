@@ -1,6 +1,6 @@
 """Which rows of a batch make up a text: those whose queries' gradients are made of each other's keys.
 
-Chapter `11_limits`.
+Chapter `14_defences`.
 
 The gradient of a query is a combination of the keys that it saw, those of its own text up to itself, whatever dropout
 did to the attention. Rows that are known give the gradient of every query (the gradient of block 0's maps is linear in

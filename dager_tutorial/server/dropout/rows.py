@@ -1,6 +1,6 @@
 """The rows of a batch with their dropout masks, which the embeddings' gradients print.
 
-Chapter `11_limits`.
+Chapter `14_defences`.
 
 Dropout multiplies the sum of a token's and a position's embedding with a mask, and the gradient of that sum with the
 same mask: it is exactly zero where the mask is. A row of the embeddings' gradient that holds one row of the batch shows

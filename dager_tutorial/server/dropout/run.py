@@ -1,6 +1,6 @@
 """The attack on a causal model that trains with dropout behind its embeddings: rows with their masks, then texts.
 
-Chapter `11_limits`.
+Chapter `14_defences`.
 """
 
 from __future__ import annotations

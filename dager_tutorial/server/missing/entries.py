@@ -1,6 +1,6 @@
 """Which entries of a gradient were sent: where a client keeps the large ones, the others arrive as zeros.
 
-Chapter `11_limits`.
+Chapter `14_defences`.
 
 A linear map's gradient is a sum of outer products: an output's row is zero as a whole or nowhere. Zeros among other
 numbers are entries that somebody took out.

@@ -1,6 +1,6 @@
 """Fill the missing entries of a gradient, which has a low rank: alternating least squares at a rank that grows.
 
-Chapter `11_limits`.
+Chapter `14_defences`.
 
 A matrix of rank r is known from few more than r (outputs + inputs - r) of its entries. With one factor known the other
 is a least-squares problem, row by row; so the two are solved for in turns. The rank is not known: it starts small, and

@@ -1,6 +1,6 @@
 """Gradients on a grid: a client that sends few bits rounds every entry to a multiple of a step, one for each tensor.
 
-Chapter `11_limits`.
+Chapter `14_defences`.
 
 Between truth and grid lies at most a step, half of one where it is rounded to nearest: the noise is known, and what
 simulated texts leave can be compared with it entry by entry.

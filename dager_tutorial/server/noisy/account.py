@@ -1,4 +1,4 @@
-"""Texts taken off a noised update, and whether what is left is noise and nothing else (chapter `11_limits`).
+"""Texts taken off a noised update, and whether what is left is noise and nothing else (chapter `14_defences`).
 
 The noise's deviation is known from entries that hold nothing else, so that what is left of every tensor has a known
 length, up to a share of `sqrt(2 / entries)`: the more is shared, the less can hide.

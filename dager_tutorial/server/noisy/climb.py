@@ -1,4 +1,4 @@
-"""A text made better by what it says of itself: its slopes against the rows of the embedding (chapter `11_limits`).
+"""A text made better by what it says of itself: its slopes against the rows of the embedding (chapter `14_defences`).
 
 A token's row of the embedding's gradient is the sum of the slopes at the places where the token stands. The slopes of a
 text with wrong tokens are nearly those of the right one, for what the loss wants of each place hardly depends on what

@@ -1,4 +1,4 @@
-"""How strong the noise on an update is, from entries that hold nothing else (chapter `11_limits`).
+"""How strong the noise on an update is, from entries that hold nothing else (chapter `14_defences`).
 
 Most rows of an embedding's gradient belong to tokens of no text: all that they hold is noise, so that thirty million
 entries measure its deviation. They also say whether it is even Gaussian noise at all: then the rows' mean squares

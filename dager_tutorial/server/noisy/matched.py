@@ -1,4 +1,4 @@
-"""The matched filter: a text's own gradient, simulated, against the update that was received (chapter `11_limits`).
+"""The matched filter: a text's own gradient, simulated, against the update that was received (chapter `14_defences`).
 
 For white noise no statistic tells more than `S = <g(text), R> / |g(text)|`: its noise has the deviation of one entry,
 however many entries there are. A linear map's gradient is a sum over rows, so that `<g, R>` and `|g|` of many texts come

@@ -1,6 +1,6 @@
 """The attack on an update with Gaussian noise: one text after the other, each explained away, then all of it judged.
 
-Chapter `11_limits`.
+Chapter `14_defences`.
 """
 
 from __future__ import annotations
