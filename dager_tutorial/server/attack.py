@@ -23,6 +23,7 @@ from dager_tutorial.server.dropout.run import recover_masked
 from dager_tutorial.server.encoder.run import recover_texts
 from dager_tutorial.server.evidence import Evidence, evidence_of
 from dager_tutorial.server.inspection import signs
+from dager_tutorial.server.noisy.run import through_noise
 from dager_tutorial.server.outcome import Outcome
 from dager_tutorial.server.verdict import of_adapter, of_difference, of_filled, of_prompt, unreadable
 from dager_tutorial.stopwatch import Stopwatch, peak_memory_mb
@@ -71,6 +72,7 @@ def attack(
     outcome = search(evidence) if dropout is None else recover_masked(evidence, dropout)
     if complete:
         outcome = completed(model, update, head, evidence, search, outcome, budget)
+        outcome = through_noise(model, update, head, evidence, outcome, budget)
     if evidence.maps:
         outcome = of_adapter(evidence, outcome)
     if update.kind == "delta":

@@ -189,6 +189,15 @@ class Constants:
     most_conjugate: int = _constant(200, "most steps of conjugate gradients for an unknown head", "cost")
     tellers: int = _constant(4, "texts, or copies of one, with which the search for an unknown head begins", "chosen")
     newton_steps: int = _constant(12, "steps of Newton's method for scale and offset of an unknown head", "numerics")
+    # Gaussian noise
+    uneven_noise: float = _constant(
+        1.1, "factor by which silent rows may scatter unlike white noise of one deviation", "statistics"
+    )
+    slope_ridge: float = _constant(0.01, "ridge of the regression of rows on slopes, share of a mean square", "measured")
+    outstanding: float = _constant(8.0, "deviations of the matched filter below which a text is none", "statistics")
+    apart: float = _constant(6.0, "deviations by which a text fits better than its neighbours", "chosen")
+    neighbours: int = _constant(8, "places of a text at which its likeliest other token is tried", "cost")
+    starts: int = _constant(16, "beginnings of texts that are weighed again after each text that was found", "cost")
     # Unmixing and incidence (chapters `07_unmixing` and `08_encoder_recovery`)
     ridge: float = _constant(
         1e-3, "ridge of the regression of positions on tokens, share of a token's square", "numerics"

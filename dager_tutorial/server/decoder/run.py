@@ -129,6 +129,29 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     return likely.outcome(*of_leverage(likely.ends, confirmed, late=budget.late))
 
 
+def ranked_prefixes(
+    evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, budget: Budget
+) -> list[tuple[int, ...]]:
+    """Texts that may be there, by how well their prefixes fit where no gap stands below the signal.
+
+    Args:
+        evidence: The update's gradients.
+        adapter: The architecture.
+        candidates: Tokens that may stand at each position.
+        budget: What it may cost.
+
+    Returns:
+        Token ids of the longest prefix of each, which may go beyond its end.
+    """
+    spans = evidence.present(*_cascade(evidence, adapter, budget), adapter.tap(0, MLP_OUTPUT))
+    spans = {tap: span for tap, span in spans.items() if span.rank}
+    if not spans:
+        return []
+    ranking = Ranking(spans, FirstBlock.screened(adapter, None, budget), candidates.distinct(), budget.generator())
+    tree = BeamSearch(candidates, ranking, budget).run()
+    return [tree.nodes[leaf].tokens for leaf in tree.leaves()]
+
+
 def _of_narrow_adapter(evidence: Evidence, adapter: DecoderAdapter, first: Span, budget: Budget) -> Outcome | None:
     """The outcome where a trained adapter is too narrow for the rows of one text; None where that is not the case."""
     full = first.saturated or any(span.saturated for span in _cascade(evidence, adapter, budget).values())
