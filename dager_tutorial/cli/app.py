@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dager_tutorial import __version__
-from dager_tutorial.cli import bench, challenge, models
+from dager_tutorial.cli import bench, challenge, defend, models
 from dager_tutorial.cli.audit import audit
 from dager_tutorial.cli.baselines import baseline
 from dager_tutorial.cli.demo import demo
@@ -30,6 +30,7 @@ app = typer.Typer(
 for command in (demo, capture, recover, score, attack, baseline, inspect, audit, sweep, table, plot):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
+app.add_typer(defend.app, name="defend")
 app.add_typer(models.app, name="models")
 app.add_typer(challenge.app, name="challenge")
 

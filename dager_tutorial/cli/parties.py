@@ -153,7 +153,8 @@ def inspect(
 
     language_model, loaded = received(update, model, before)
     inspection = inspect_update(language_model, loaded)
-    about = display.facts({"update": update, "kind": loaded.kind, "tensors": len(loaded.gradients)})
+    facts = {"update": update, "kind": loaded.kind, "tensors": len(loaded.gradients)}
+    about = display.facts(facts | ({"defences": loaded.defences} if loaded.defences else {}))
     results.finish(inspection.to_json(), about, display.ranks_table(inspection.rows), inspection.verdict)
 
 

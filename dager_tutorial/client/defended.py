@@ -36,6 +36,13 @@ class Protection:
     privacy: Privacy | None = None
     chain: tuple[Defence, ...] = ()
 
+    @property
+    def told(self) -> str:
+        """What is done, in short; empty where nothing is."""
+        first = [f"dropout={self.dropout:g}"] if self.dropout else []
+        second = [] if self.privacy is None else [self.privacy.told]
+        return ", ".join([*first, *second, *(defence.told for defence in self.chain)])
+
 
 @dataclass(frozen=True)
 class Defended:

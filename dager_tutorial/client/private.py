@@ -69,6 +69,12 @@ class Privacy:
         check_options(self)
 
     @property
+    def told(self) -> str:
+        """What is asked for; one release of all texts where no sampling and no steps are named."""
+        many = f" rate={self.sample_rate:g} steps={self.steps}" if (self.sample_rate, self.steps) != (1.0, 1) else ""
+        return f"DP-SGD epsilon={self.epsilon:g} delta={self.delta:g} clip={self.clip:g}{many}"
+
+    @property
     def one_release(self) -> float:
         """The noise multiplier of a formula that some frameworks use: sqrt(2 ln(1.25 / delta)) / epsilon.
 
@@ -167,16 +173,22 @@ def spent(privacy: Privacy, multiplier: float) -> float:
 
 
 def private_gradients(
-    network: Ready, batch: PrivateBatch, config: ClientConfig, accounting: Accounting, draw: torch.Generator
+    network: Ready,
+    batch: PrivateBatch,
+    config: ClientConfig,
+    accounting: Accounting,
+    draw: torch.Generator,
+    expected: int | None = None,
 ) -> tuple[dict[str, Tensor], float]:
     """The gradient of one step of DP-SGD: the mean over texts of clipped gradients, with noise.
 
     Args:
         network: The client's network, in `step.training`.
-        batch: The texts of the step, as many as are expected.
+        batch: The texts of the step, at least one.
         config: What the client does.
         accounting: Clipping and noise.
         draw: Where the noise comes from.
+        expected: Texts that a step has on average, by which sums are divided; as many as there are when left out.
 
     Returns:
         The gradients by name, and the length of that mean before the noise, which stays with the client.
@@ -187,6 +199,7 @@ def private_gradients(
     Chapter `11_limits`.
     """
     texts = list(mini_batches(batch, 1))
+    expected = expected or len(texts)
     own = gradients_of(network, texts[0], config)
     # Opacus' optimiser keeps its sums in parameters: these have the gradients' shapes and take no memory.
     stand_ins = {name: nn.Parameter(torch.zeros((), dtype=each.dtype).expand(each.shape)) for name, each in own.items()}
@@ -194,7 +207,7 @@ def private_gradients(
         torch.optim.SGD(list(stand_ins.values())),
         noise_multiplier=accounting.multiplier,
         max_grad_norm=accounting.privacy.clip,
-        expected_batch_size=len(texts),
+        expected_batch_size=expected,
         generator=draw,
     )
     for place, text in enumerate(texts):
@@ -205,7 +218,7 @@ def private_gradients(
         optimizer.pre_step()
     sums: dict[str, Tensor] = {name: parameter.summed_grad for name, parameter in stand_ins.items()}  # type: ignore[attr-defined]
     noised = {name: parameter.grad for name, parameter in stand_ins.items() if parameter.grad is not None}
-    return noised, length(sums) / len(texts)
+    return noised, length(sums) / expected
 
 
 def play_privately(

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 from dager_tutorial.client.defenses.chain import Defence, protected
 from dager_tutorial.client.defenses.clipping import Clipping, length, size
 from dager_tutorial.client.defenses.noise import Noise
 from dager_tutorial.client.defenses.rounding import Rounding
+from dager_tutorial.client.defenses.withholding import Withholding
 from dager_tutorial.evaluation.parts import ATTENTION, EMBEDDINGS, HEAD, Part, parts_of_update
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.update import Update
@@ -58,22 +58,8 @@ def usual_changes(model: LanguageModel, update: Update) -> tuple[Change, ...]:
         _changed(ROUNDING, "every number rounded to bfloat16", 16, Rounding("bfloat16")),
         _changed(ROUNDING, "every number rounded to float16", 16, Rounding("float16")),
         _changed(ROUNDING, "every number rounded to 8 bits (int8)", 8, Rounding("int8")),
-        *_fewer(parts_of_update(model, update), update),
+        *_fewer(model, update),
     )
-
-
-def restricted(update: Update, names: frozenset[str]) -> Update:
-    """The update without some of its tensors.
-
-    Args:
-        update: What the client sent.
-        names: Those that are still sent.
-
-    Raises:
-        UpdateError: None is left.
-    """
-    kept = {name: tensor for name, tensor in update.gradients.items() if name in names}
-    return replace(update, gradients=kept)
 
 
 def _noises(update: Update) -> Iterator[Change]:
@@ -100,8 +86,20 @@ def noise_as_long(update: Update, level: float) -> Noise:
     return Noise(level * length(update.gradients) / math.sqrt(size(update.gradients)))
 
 
-def _fewer(parts: dict[str, Part], update: Update) -> Iterator[Change]:
-    """Smaller selections of an update's tensors, each where it leaves something out and something in."""
+def selections(model: LanguageModel, update: Update) -> dict[str, Withholding]:
+    """Smaller selections of an update's tensors, each where it leaves something out and something in.
+
+    Args:
+        model: The model both sides know.
+        update: What the client would send.
+
+    Returns:
+        What sends each of them, by its name.
+
+    Raises:
+        UpdateError: The update does not belong to the model.
+    """
+    parts = parts_of_update(model, update)
     blocks = 1 + max((part.block for part in parts.values() if part.block is not None), default=0)
     choices: dict[str, Callable[[Part], bool]] = {
         "without the embeddings": lambda part: part.kind != EMBEDDINGS,
@@ -113,12 +111,16 @@ def _fewer(parts: dict[str, Part], update: Update) -> Iterator[Change]:
             part.block is None or part.block >= blocks // 2
         ),
     }
-    total = size(update.gradients)
-    seen = {frozenset(parts)}
+    found: dict[frozenset[str], Withholding] = {}
     for name, keep in choices.items():
         names = frozenset(each for each, part in parts.items() if keep(part))
-        if not names or names in seen:
-            continue
-        seen.add(names)
-        share = sum(update.gradients[each].numel() for each in names) / total
-        yield Change(SHARING, name, share, partial(restricted, names=names))
+        if names and names != frozenset(parts):
+            found.setdefault(names, Withholding(names, name))
+    return {each.told: each for each in found.values()}
+
+
+def _fewer(model: LanguageModel, update: Update) -> Iterator[Change]:
+    """Less of the update."""
+    total = size(update.gradients)
+    for name, kept in selections(model, update).items():
+        yield _changed(SHARING, name, size(kept(update.gradients)) / total, kept)

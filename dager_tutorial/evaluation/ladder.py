@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from dager_tutorial.client.batch import Truth
 from dager_tutorial.client.defenses.clipping import size
 from dager_tutorial.errors import UpdateError
-from dager_tutorial.evaluation import metrics
 from dager_tutorial.evaluation.changes import NOISE, ROUNDING, UNCHANGED, Change
+from dager_tutorial.evaluation.leakage import leakage
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel, frame_ids
 from dager_tutorial.reconstruction import Reconstruction
@@ -143,7 +143,5 @@ def _rung(change: Change, found: Reconstruction | None, truth: Truth, deviation:
     shared = (change.kind, change.name, change.level, deviation)
     if found is None:
         return Rung(*shared, UNREADABLE, 0.0, 0.0, 0.0, 0, seconds)
-    points, wanted = metrics.score(found, truth), metrics.wanted(found, truth)
-    certain = set(found.confirmed)
-    known = sum(ids in certain for ids in wanted) / len(wanted)
-    return Rung(*shared, found.status.value, points.exact, points.rouge1, known, len(certain - set(wanted)), seconds)
+    gone = leakage(found, truth)
+    return Rung(*shared, gone.status, gone.exact, gone.rouge1, gone.confirmed, gone.false, seconds)
