@@ -201,7 +201,7 @@ def test_no_more_workers_than_memory_cores_and_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     small, large = ({**CELL, "model": name} for name in ("small", "large"))
     trained = {**small, "training.epochs": 3}
-    assert [workers.affordable(each, "cpu") for each in ([small], [small, trained], [small, large], [])] == [6, 5, 1, 6]
+    assert [workers.affordable(each, "cpu") for each in ([small], [small, trained], [small, large], [])] == [5, 4, 1, 6]
     assert workers.affordable([small], "cuda") == 2
     monkeypatch.setattr(workers, "available_memory", lambda: 10**9)
     assert workers.affordable([large], "cpu") == 1  # loading it says that it does not fit
