@@ -78,6 +78,13 @@ def test_exactly_so_many_entries_are_kept_and_the_largest(size, keep, by, seed):
         assert tensor[kept].min() >= tensor[~kept].max()
 
 
+def test_pruning_of_the_whole_update_compares_all_entries():
+    gradients = {"small": torch.full((2, 5), 0.1), "large": torch.arange(1.0, 31.0)}
+    pruned = Pruning(25, each="update")(gradients)
+    assert pruned["small"].shape == (2, 5) and not pruned["small"].any()
+    assert torch.equal(pruned["large"].nonzero()[:, 0], torch.arange(20, 30))
+
+
 def test_random_pruning_favours_no_place():
     kept = sum(Pruning(25, "random")({"w": torch.ones(8)}, drawn(seed))["w"] for seed in range(800))
     assert (kept - 200).abs().max() < 5 * math.sqrt(800 * 0.25 * 0.75)
@@ -241,7 +248,7 @@ MISTAKES = {
     "leave out --noise": ["--epsilon", "8", "--clip", "1", "--noise", "1"],
     "belong to --epsilon": ["--steps", "7"],
     "--clip-each belongs": ["--clip-each", "tensor"],
-    "--keep-by belongs": ["--keep-by", "random"],
+    "--keep-by and --keep-each belong": ["--keep-by", "random"],
     "--stochastic belongs": ["--bits", "bf16", "--stochastic"],
     "--epsilon is DP-SGD of one step": ["--epsilon", "8", "--clip", "1", "--epochs", "2"],
     "is not in the range": ["--keep", "0"],

@@ -70,7 +70,7 @@ def leakage(
 def utility(
     *,
     model: ModelOptions,
-    data: Annotated[str, Option("--data", help="Labelled texts by name, or a TSV file.")] = "reviews",
+    data: Annotated[str, Option("--data", help="Texts by name, or a TSV file.")] = "reviews",
     runs: Annotated[int, Option("--runs", min=1, help="Runs of each defence, seeds counted up.")] = 3,
     updates: Annotated[int, Option("--updates", min=1, help="Updates of a run, which AdamW applies.")] = 150,
     learning_rate: Annotated[float, Option("--learning-rate", min=1e-12, max=10.0, help="Of AdamW.")] = 5e-4,

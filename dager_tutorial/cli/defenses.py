@@ -45,11 +45,15 @@ class DefenseOptions:
         float | None, Option("--noise", min=0.0, help="Deviation of Gaussian noise on every number.", **PANEL)
     ] = None
     keep: Annotated[
-        float | None, Option("--keep", min=1e-6, max=100.0, help="Per cent of a tensor's entries kept.", **PANEL)
+        float | None, Option("--keep", min=1e-6, max=100.0, help="Per cent of the entries kept.", **PANEL)
     ] = None
     keep_by: Annotated[
         Literal["magnitude", "random"], Option("--keep-by", help="Which entries --keep keeps.", **PANEL)
     ] = "magnitude"
+    keep_each: Annotated[
+        Literal["tensor", "update"],
+        Option("--keep-each", help="What --keep is of: every tensor, or all.", **PANEL),
+    ] = "tensor"
     percentile_filter: Annotated[
         bool, Option("--percentile-filter", help="NVFLARE's percentile filter, at its defaults.", **PANEL)
     ] = False
@@ -75,7 +79,10 @@ class DefenseOptions:
                 self.epsilon is None and (self.delta, self.sample_rate, self.steps) != (1e-5, 1.0, 1),
                 "--delta, --sample-rate and --steps belong to --epsilon: give the promise",
             ),
-            (self.keep_by != "magnitude" and self.keep is None, "--keep-by belongs to --keep: give the per cent"),
+            (
+                self.keep is None and (self.keep_by, self.keep_each) != ("magnitude", "tensor"),
+                "--keep-by and --keep-each belong to --keep: give the per cent",
+            ),
             (self.stochastic and self.bits != "8", "--stochastic belongs to --bits 8"),
         ):
             if wrong:
@@ -103,7 +110,7 @@ class DefenseOptions:
         if self.noise is not None:
             yield Noise(self.noise)
         if self.keep is not None:
-            yield Pruning(self.keep, self.keep_by)
+            yield Pruning(self.keep, self.keep_by, self.keep_each)
         if self.percentile_filter:
             yield PercentileFilter()
         if self.bits is not None:

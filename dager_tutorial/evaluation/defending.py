@@ -63,6 +63,7 @@ def usual_cells() -> tuple[Cell, ...]:
         *(Noise(deviation) for deviation in (1e-5, 5e-5, 1e-4, 5e-4, 1e-3)),  # the DAGER paper's, and one more
         *(Pruning(keep) for keep in (50, 10, 1)),
         Pruning(10, "random"),
+        Pruning(10, each="update"),
         PercentileFilter(),
         *(Rounding(to) for to in ("bfloat16", "float16", "int8")),
         Rounding("int8", stochastic=True),

@@ -13,16 +13,18 @@ from torch import Tensor
 from dager_tutorial.client.constraints import OneOf, Within, check_options, option
 
 CHOICES = ("magnitude", "random")
+SCOPES = ("tensor", "update")
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """Keep some entries of every tensor, and set the others to zero.
+    """Keep some entries, and set the others to zero.
 
     Attributes:
-        keep: Entries kept of each tensor, in per cent; at least one is.
+        keep: Entries kept, in per cent; at least one is.
         by: Which: those of largest `magnitude`, or some at `random`. Nothing of what is dropped is remembered for later
             steps (no error feedback).
+        each: Of what: of each `tensor`, or of the whole `update`, so that tensors with small entries lose more.
 
     Raises:
         DagerError: An option may not have its value.
@@ -34,8 +36,9 @@ class Pruning:
     Chapter `11_limits`.
     """
 
-    keep: float = option(10.0, Within(1e-6, 100, whole=False), "Entries kept of each tensor, in per cent.")
+    keep: float = option(10.0, Within(1e-6, 100, whole=False), "Entries kept, in per cent.")
     by: str = option("magnitude", OneOf(CHOICES), "Which entries are kept.")
+    each: str = option("tensor", OneOf(SCOPES), "Of what.")
 
     def __post_init__(self) -> None:
         """Check every option."""
@@ -44,7 +47,7 @@ class Pruning:
     @property
     def told(self) -> str:
         """What a server is told."""
-        return f"keep={self.keep:g}% by {self.by}"
+        return f"keep={self.keep:g}% by {self.by}" + " of the update" * (self.each == "update")
 
     def count(self, numbers: int) -> int:
         """How many of so many entries are kept.
@@ -65,7 +68,11 @@ class Pruning:
             gradients: Tensors by name.
             draw: What random choices come from.
         """
-        return {name: self._pruned(tensor, draw) for name, tensor in gradients.items()}
+        if self.each == "tensor":
+            return {name: self._pruned(tensor, draw) for name, tensor in gradients.items()}
+        joined = self._pruned(torch.cat([tensor.reshape(-1) for tensor in gradients.values()]), draw)
+        parts = joined.split([tensor.numel() for tensor in gradients.values()])
+        return {name: part.reshape(gradients[name].shape) for name, part in zip(gradients, parts, strict=True)}
 
     def _pruned(self, tensor: Tensor, draw: torch.Generator | None) -> Tensor:
         flat, kept = tensor.reshape(-1), self.count(tensor.numel())
