@@ -32,11 +32,16 @@ SEED  ?= 0
 # Guessed from the model's name; for an encoder that is called otherwise: `make bench MODEL=... KIND=encoder`.
 KIND  ?= $(if $(findstring bert,$(MODEL))$(findstring minilm,$(MODEL)),encoder,decoder)
 
+# Where `make results` finds corpora as TSV files of their names; left out, they are fetched through `datasets`.
+TEXTS  ?=
+TABLES = $(BIN)/dager table docs/results/*/rows.jsonl \
+	--markdown docs/results/tables.md --html docs/results/tables.html
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test book slides pdf handouts pages serve refresh lab bench lint format clean
+.PHONY: help setup demo test book slides pdf handouts pages serve refresh lab bench results results-gpu lint format clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(EVERYTHING) ## Create .venv and install the package and all tools into it (TORCH=cpu: without CUDA).
 
@@ -95,6 +100,14 @@ else
 	$(BIN)/dager bench decoder --model $(MODEL) --batch-size $(BATCH) --data $(DATA) --seed $(SEED)
 	$(BIN)/dager bench scaling --model $(MODEL) --data $(DATA) --seed $(SEED)
 endif
+
+results: $(RUNTIME) ## Make again the rows of docs/results that one core can make, then the tables (TEXTS: a folder of TSV files).
+	$(BIN)/dager sweep docs/results/cpu.yaml --rows docs/results/cpu $(if $(TEXTS),--texts $(TEXTS))
+	$(TABLES)
+
+results-gpu: $(RUNTIME) ## Make the rows that want a GPU of 80 GB, go on where it stopped, then the tables.
+	$(BIN)/dager sweep docs/results/gpu.yaml --rows docs/results/gpu --device cuda $(if $(TEXTS),--texts $(TEXTS))
+	$(TABLES)
 
 lint: setup ## Check style, formatting, types, and who imports whom.
 	$(BIN)/ruff check .

@@ -42,6 +42,17 @@ def test_every_shared_tap_has_a_row_that_agrees_with_the_attack(model: LanguageM
 
 
 @every("tiny_gpt2", "tiny_llama", "tiny_bert")
+def test_without_block_0_s_attention_it_says_whether_the_search_begins_with_names(model: LanguageModel) -> None:
+    gradients = client_update(model, ["we listen to the river"]).gradients
+    first = set(adapter_for(model.network).tap(0, QKV).parameters)
+    left = {name: each for name, each in gradients.items() if not any(name.endswith(one) for one in first)}
+    bare = {name: each for name, each in left.items() if "embed" not in name and not name.endswith("wte.weight")}
+    said, bare_said = (inspect_update(model, Update(each)).verdict for each in (left, bare))
+    assert "missing" in said and "missing" in bare_said and "begin" not in bare_said
+    assert ("5 tokens" in said) == ("bert" not in model.name)
+
+
+@every("tiny_gpt2", "tiny_llama", "tiny_bert")
 @pytest.mark.parametrize("level", [1e-6, 1e-5])
 def test_the_noise_floor_is_the_noise_that_was_added(model: LanguageModel, level: float, random_texts: Draw) -> None:
     update, adapter = client_update(model, random_texts(2, 4)), adapter_for(model.network)

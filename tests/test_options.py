@@ -72,7 +72,7 @@ def test_commands_mean_the_same_by_an_option():
         "--data": 3,  # of a batch, of a benchmark, of a series
         "-o": 2,
         "--out": 2,  # an update, and an audit's page
-        "--rows": 2,  # of `defend`: a file that grows, or several that are read
+        "--picture": 2,  # of growth, and of the paper's figures
         "--seed": 2,  # `models export` draws weights and nothing else
         "--time-budget": 2,  # `bench encoder` does not stop the textbook
     }

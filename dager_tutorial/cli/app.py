@@ -16,6 +16,8 @@ from dager_tutorial.cli import bench, challenge, defend, models
 from dager_tutorial.cli.audit import audit
 from dager_tutorial.cli.demo import demo
 from dager_tutorial.cli.parties import attack, capture, inspect, recover, score
+from dager_tutorial.cli.sweep import sweep
+from dager_tutorial.cli.tables import plot, table
 from dager_tutorial.errors import DagerError, printable
 
 app = typer.Typer(
@@ -24,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Exact gradient inversion for language models: what does an update give away?",
 )
-for command in (demo, capture, recover, score, attack, inspect, audit):
+for command in (demo, capture, recover, score, attack, inspect, audit, sweep, table, plot):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(defend.app, name="defend")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dager_tutorial.evaluation.scaling import ScalingRun
+    from dager_tutorial.evaluation.tables.curves import Curves
 
 KINDS = (".png", ".svg", ".pdf")
 
@@ -61,5 +64,37 @@ def draw_scaling(path: Path, runs: Sequence[ScalingRun], powers: Mapping[str, fl
     axes.set(xlabel="rows of the batch", ylabel="seconds", title=f"The attack on {runs[0].model}")
     axes.grid(alpha=0.3)
     axes.legend()
+    with files.replacing(path) as part:
+        figure.savefig(part, format=path.suffix[1:].lower())
+
+
+def draw_figure(path: Path, curves: Curves) -> None:
+    """A figure of the paper: ours as lines, the published points as crosses, levels as dashed lines.
+
+    Args:
+        path: The file to write; its ending says which kind.
+        curves: What it shows.
+
+    Raises:
+        DagerError: The file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    for (name, points), marker in zip(curves.points.items(), itertools.cycle("os^Dv")):
+        axes.plot(*zip(*points, strict=True), marker=marker, label=name)
+    for name, points in curves.paper.items():
+        axes.plot(*zip(*points, strict=True), "x", color="0.2", markersize=9, label=name)
+    for name, level in curves.levels.items():
+        axes.axhline(level, color="0.4", linestyle="--", label=f"{name} {level:g}")
+    if curves.width is not None:
+        axes.axvline(curves.width, color="0.7", linestyle=":", label="the model's width")
+    if curves.logarithmic:
+        axes.set(xscale="log", yscale="log")
+    axes.set(xlabel=curves.across, ylabel=curves.up, title=curves.title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.supxlabel(textwrap.fill(curves.note, 110), fontsize="x-small")
     with files.replacing(path) as part:
         figure.savefig(part, format=path.suffix[1:].lower())

@@ -6,8 +6,8 @@ Chapter `03_span`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -23,6 +23,9 @@ from dager_tutorial.models.tap import MLP, QKV, QUERY, Tap, precise
 from dager_tutorial.server.adapter_reading import adapter_gradients, adapter_names, low_rank_span, stacked_downs
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.drift import halfway, undecayed
+from dager_tutorial.server.missing.entries import is_pruned
+from dager_tutorial.server.missing.filling import Filled, filled
+from dager_tutorial.server.missing.quantised import bits_of, grid_span, in_steps
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
 from dager_tutorial.server.reading import span_of
 from dager_tutorial.server.rounding import probe, rounding_errors
@@ -47,6 +50,8 @@ class Evidence:
         drifts: How far the client's steps moved the inputs of taps, relative; empty for a gradient.
         tokenizer: The model's, which knows tokens that no text can have; None where it is not known.
         is_remainder: Whether known texts were taken off the gradients.
+        pruned: Whether a client sent some of the entries only, and zeros for the others.
+        bits: With how many bits it sent an entry, where it rounded them to a grid.
     """
 
     adapter: Adapter
@@ -59,8 +64,11 @@ class Evidence:
     drifts: Mapping[Tap, float] = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
     is_remainder: bool = False
+    pruned: bool = False
+    bits: int | None = None
     _errors: dict[Tap, float] = field(default_factory=dict)
     _usual: dict[Tap, Usual] = field(default_factory=dict)
+    _filled: dict[Tap, Filled | None] = field(default_factory=dict)
 
     def span(self, tap: Tap) -> Span | None:
         """The span of a tap, or None where nothing of it was shared or its gradient is zero."""
@@ -79,7 +87,35 @@ class Evidence:
         read = partial(span_of, precision=epsilon, arithmetic=arithmetic, device=device, guess=guess)
         if gradient is None:
             return low_rank_span(tap, self.gradients, self.maps, read)
+        if self.pruned:
+            return self._read_filled(tap, read)
+        if self.bits is not None:
+            levels = {name: in_steps(self.gradients[name], self.bits) for name in self.shared(tap)}
+            stacked = tap.gradient(levels)
+            return None if stacked is None else grid_span(stacked, arithmetic=arithmetic, device=device)
         return read(gradient, shared=self._bias(tap))
+
+    def _read_filled(self, tap: Tap, read: Callable[[Tensor], Span | None]) -> Span | None:
+        """The span of those inputs of a tap of which enough was sent."""
+        found = self.filled(tap)
+        span = None if found is None else read(found.values)
+        if found is None or span is None:
+            return None
+        chosen = torch.eye(self._width(tap), dtype=torch.float64)[found.inputs.cpu()]
+        return replace(span, projection=chosen.to(span.signal.device))
+
+    def _width(self, tap: Tap) -> int:
+        """How many inputs a tap has."""
+        gradient = tap.gradient(self.gradients)
+        assert gradient is not None, f"{tap.name} was not shared"
+        return gradient.shape[1]
+
+    def filled(self, tap: Tap) -> Filled | None:
+        """The gradient of a tap, as far as what was sent of it tells the rest; None where too little was."""
+        if tap not in self._filled:
+            gradient = tap.gradient(self.gradients)
+            self._filled[tap] = None if gradient is None else filled(gradient, self._guess(tap))
+        return self._filled[tap]
 
     def of_downs(self, tap: Tap) -> Float[Tensor, "outputs inputs"] | None:
         """The gradients (float64) of an adapter's A at a tap, stacked; None where nothing of them was shared."""
@@ -132,6 +168,23 @@ class Evidence:
             return Status.NO_SIGNAL
         return Status.NOISE if span.rank == 0 else None
 
+    def tells_tokens(self) -> bool:
+        """Whether block 0's span tells tokens from one another: a random token at a random place mostly fails its test.
+
+        It need not in the difference of two weights, where steps below the last place of a weight leave mere rounding.
+        """
+        span = self.span(self.adapter.tap(0, QKV))
+        if span is None or span.saturated:
+            return True  # nothing to be tested, or by other means
+        source, draw = self.adapter.first_input, torch.Generator().manual_seed(0)
+        pairs = constants().random_pairs
+        tokens = torch.randint(len(source.tokens), (pairs,), generator=draw)
+        places = None
+        if source.positions is not None:
+            places = torch.randint(len(source.positions), (pairs,), generator=draw).to(source.positions.device)
+        held = span.holds(source.vectors(tokens.to(source.tokens.device), places))
+        return float(held.float().mean()) <= constants().random_held
+
     def log_odds(self, vectors: Mapping[Tap, Float[Tensor, "rows _"]]) -> dict[Tap, Float[Tensor, " rows"]]:
         """Log-odds that vectors were rows of the batch against that they were not, tap by tap.
 
@@ -182,6 +235,8 @@ class Evidence:
             drifts=self.drifts,
             tokenizer=self.tokenizer,
             is_remainder=True,
+            pruned=self.pruned,
+            bits=self.bits,
             _errors=self._errors,
         )
 
@@ -227,7 +282,18 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
         kinds.append(_narrowest(torch.cat([precise(each).flatten() for each in first])))
     coarsest = max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
     maps = model.adapter if adapted else {}
-    evidence = Evidence(adapter, gradients, coarsest, watch or Stopwatch(), maps, tokenizer=model.tokenizer)
+    whole = update.kind == "gradient" and not maps
+    bits = bits_of(adapter, gradients) if whole else None
+    evidence = Evidence(
+        adapter,
+        gradients,
+        coarsest,
+        watch or Stopwatch(),
+        maps,
+        tokenizer=model.tokenizer,
+        pruned=whole and bits is None and is_pruned(adapter, gradients),
+        bits=bits,
+    )
     if update.kind != "delta" or adapted or _of_one_step(evidence):
         return evidence
     between, drifts = halfway(adapter, gradients)

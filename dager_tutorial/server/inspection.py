@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import Tap
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.drift import evenness
 from dager_tutorial.server.embedding_rows import named_tokens
 from dager_tutorial.server.evidence import Evidence, evidence_of
-from dager_tutorial.server.verdict import of_signs, prospects
+from dager_tutorial.server.verdict import of_signs, prospects, unreadable
 from dager_tutorial.update import Update
 
 
@@ -74,7 +75,18 @@ def inspect_update(model: LanguageModel, update: Update) -> Inspection:
     reports = (_report(evidence, tap) for tap in evidence.adapter.taps())
     rows = tuple(report for report in reports if report is not None)
     said = signs(evidence) if update.kind == "delta" else None
-    return Inspection(rows, prospects(evidence) if said is None else said)
+    return Inspection(rows, said or _elsewhere(evidence, rows) or prospects(evidence))
+
+
+def _elsewhere(evidence: Evidence, rows: tuple[TapReport, ...]) -> str | None:
+    """What is to be said where block 0 names no token and the embedding rows do: a causal search begins there."""
+    nothing = unreadable(evidence)
+    if nothing is None or not isinstance(evidence.adapter, DecoderAdapter):
+        return None
+    named = named_tokens(evidence) if any(row.rank and not row.saturated for row in rows) else None
+    if named is None:
+        return None
+    return f"{nothing.diagnosis}; but the embedding rows name {len(named)} tokens, and the search can begin with them"
 
 
 def signs(evidence: Evidence) -> str | None:

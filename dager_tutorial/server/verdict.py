@@ -16,7 +16,7 @@ from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import Ends, Outcome
-from dager_tutorial.status import Status
+from dager_tutorial.status import Certainty, Status
 
 Verdict = tuple[Status, str]
 
@@ -24,6 +24,8 @@ Verdict = tuple[Status, str]
 def unreadable(evidence: Evidence) -> Outcome | None:
     """The outcome where block 0 says nothing, so that no search can begin; None where it does say something."""
     status = evidence.nothing_in(evidence.adapter.tap(0, QKV))
+    if status is None and evidence.drifts and not evidence.tells_tokens():
+        status = Status.NOISE
     if status is None:
         return None
     said = {
@@ -171,6 +173,32 @@ def of_prompt(outcome: Outcome, prompt: tuple[int, ...]) -> Outcome:
         return outcome
     said = f"{stray} of {len(outcome.texts)} texts do not begin" if outcome.texts else "no text was found that begins"
     return replace(outcome, diagnosis=f"{outcome.diagnosis}; {said} with the prompt")
+
+
+def too_few_entries() -> Outcome:
+    """The outcome where so few entries were sent that no gradient of block 0 can be filled in."""
+    reason = "so few entries were sent that no gradient of block 0 can be filled in; the embeddings' name the tokens"
+    return Outcome(Status.NOISE, reason)
+
+
+def of_filled(outcome: Outcome) -> Outcome:
+    """What a search of a gradient with missing entries came to: rows lie in a span that was filled in.
+
+    Only the simulation of what was found, compared entry by entry with what was sent, confirms texts.
+
+    Args:
+        outcome: What the search came to.
+    """
+    if outcome.status is Status.CERTIFIED:
+        return replace(outcome, diagnosis=f"{outcome.diagnosis}; compared were the entries that were sent")
+    texts = tuple(
+        replace(text, confirmation=replace(text.confirmation, certainty=Certainty.ROWS))
+        if text.confirmation.certainty is Certainty.WHOLE
+        else text
+        for text in outcome.texts
+    )
+    status = Status.PARTIAL if outcome.status.claims_all else outcome.status
+    return replace(outcome, status=status, texts=texts, diagnosis=f"entries are missing: {outcome.diagnosis}")
 
 
 def of_signs(named: int | None) -> str:

@@ -113,6 +113,7 @@ def textbook_attack(
     span_threshold_0: float = 1e-5,
     span_threshold_1: float = 1e-3,
     rank_tolerance: float | None = None,
+    rank_cutoff: int = 0,
     progress: Progress | None = None,
 ) -> Reconstruction:
     """Recover the texts of a client's batch the way the paper describes, for causal models.
@@ -131,6 +132,7 @@ def textbook_attack(
         span_threshold_0: Relative distance from the span of block 0 below which a token passes (tau_1).
         span_threshold_1: Relative distance from the span of block 1 below which a prefix passes (tau_2).
         rank_tolerance: See `textbook_span`.
+        rank_cutoff: See `textbook_span`.
         progress: Called with the stage, how much is done and None.
 
     Returns:
@@ -150,7 +152,7 @@ def textbook_attack(
     if not isinstance(adapter, DecoderAdapter):
         raise DagerError(f"model {model.name!r} is an encoder: textbook_encoder_attack searches its texts")
     with watch.stage("subspace"):
-        spans = textbook_spans(model, adapter, update, rank_tolerance)
+        spans = textbook_spans(model, adapter, update, rank_tolerance, rank_cutoff)
     hopeless = spans.verdict()
     with watch.stage("filter"):
         candidates = [] if hopeless else textbook_token_filter(adapter, spans.bases[0], span_threshold_0, progress)

@@ -138,6 +138,7 @@ def textbook_encoder_attack(
     span_threshold_0: float = 1e-5,
     span_threshold_1: float = 1e-3,
     rank_tolerance: float | None = None,
+    rank_cutoff: int = 0,
     options: EncoderSearchOptions | None = None,
     progress: Progress | None = None,
 ) -> Reconstruction:
@@ -154,6 +155,7 @@ def textbook_encoder_attack(
         span_threshold_0: Relative distance from the span of block 0 below which a token passes (tau_1).
         span_threshold_1: Mean relative distance from the span of block 1 below which a text passes (tau_2).
         rank_tolerance: See `textbook_span`.
+        rank_cutoff: See `textbook_span`.
         options: What the search leaves out.
         progress: Called with the stage, how much is done and the total or None.
 
@@ -175,7 +177,7 @@ def textbook_encoder_attack(
         raise DagerError(f"model {model.name!r} is causal: textbook_attack searches its texts")
     frame = _frame(model)
     with watch.stage("subspace"):
-        spans = textbook_spans(model, adapter, update, rank_tolerance)
+        spans = textbook_spans(model, adapter, update, rank_tolerance, rank_cutoff)
     hopeless = spans.verdict()
     with watch.stage("filter"):
         candidates = [] if hopeless else textbook_token_filter(adapter, spans.bases[0], span_threshold_0, progress)

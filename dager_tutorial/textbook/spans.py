@@ -21,7 +21,7 @@ RELATIVE_TOLERANCE = 5e-7
 
 
 def textbook_span(
-    gradient: Float[Tensor, "outputs inputs"], rank_tolerance: float | None = None
+    gradient: Float[Tensor, "outputs inputs"], rank_tolerance: float | None = None, rank_cutoff: int = 0
 ) -> Float[Tensor, "inputs rank"]:
     """An orthonormal basis of the row space of a gradient: the span of its layer's inputs (Theorem 5.1).
 
@@ -29,6 +29,8 @@ def textbook_span(
         gradient: Each row is a combination of the layer's input vectors.
         rank_tolerance: Singular values up to this one count as zero. None: 5e-7 of the largest. The paper's
             code wants an absolute tolerance, set by hand for each batch size between 1e-7 and 1e-9.
+        rank_cutoff: The rank is kept so far below the width, so that a full one leaves something to test; the paper's
+            Delta_b, 20 there.
 
     Returns:
         float32; no columns where the gradient is zero.
@@ -43,7 +45,7 @@ def textbook_span(
     if rank_tolerance is None:
         rank_tolerance = RELATIVE_TOLERANCE * float(singular_values[0])
     rank = int((singular_values > rank_tolerance).sum())
-    return directions[:rank].T.float()
+    return directions[: min(rank, gradient.shape[1] - rank_cutoff)].T.float()
 
 
 def span_distance(vectors: Float[Tensor, "rows inputs"], basis: Float[Tensor, "inputs rank"]) -> Float[Tensor, " rows"]:
@@ -106,7 +108,11 @@ class TextbookSpans:
 
 
 def textbook_spans(
-    model: LanguageModel, adapter: Adapter, update: Update, rank_tolerance: float | None = None
+    model: LanguageModel,
+    adapter: Adapter,
+    update: Update,
+    rank_tolerance: float | None = None,
+    rank_cutoff: int = 0,
 ) -> TextbookSpans:
     """The spans of blocks 0 and 1, from the stacked gradients of query, key and value.
 
@@ -115,6 +121,7 @@ def textbook_spans(
         adapter: Its architecture.
         update: What the client sent.
         rank_tolerance: See `textbook_span`.
+        rank_cutoff: See `textbook_span`.
 
     Raises:
         UpdateError: The update does not belong to the model.
@@ -125,7 +132,8 @@ def textbook_spans(
     gradients = {name: tensor.to(model.device) for name, tensor in update.for_backbone(model.network).items()}
     taps = adapter.tap(0, QKV), adapter.tap(1, QKV)
     first, second = (
-        textbook_span(_gradient(tap, gradients, model.hidden_size), rank_tolerance).to(model.device) for tap in taps
+        textbook_span(_gradient(tap, gradients, model.hidden_size), rank_tolerance, rank_cutoff).to(model.device)
+        for tap in taps
     )
     used = sum(gradients[name].numel() for tap in taps for name in tap.parameters if name in gradients)
     return TextbookSpans(taps, (first, second), used)

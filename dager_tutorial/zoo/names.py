@@ -31,7 +31,7 @@ from dager_tutorial.zoo.checkpoint import (
 from dager_tutorial.zoo.device import check_device, to_device
 from dager_tutorial.zoo.drawn import write_random
 from dager_tutorial.zoo.hub import hub_folder, is_hub_name
-from dager_tutorial.zoo.memory import check_drawable, is_large, return_memory, to_be_streamed
+from dager_tutorial.zoo.memory import Needs, check_drawable, is_large, needs_of, return_memory, to_be_streamed
 from dager_tutorial.zoo.pinned import PINNED, pinned_checkpoint
 from dager_tutorial.zoo.random import BUILT_IN, RANDOM, offline_tokenizer, random_model
 from dager_tutorial.zoo.records import ModelRecord, pinned_record, random_record
@@ -136,6 +136,25 @@ def export_model(
             target.rmdir()
         (place / "made").replace(target)
     return target
+
+
+def model_needs(name: str, blocks: int | None = None, cache: str | os.PathLike[str] | None = None) -> Needs:
+    """What a model takes in memory, before it is loaded.
+
+    Args:
+        name: See `load_model`.
+        blocks: See `load_model`.
+        cache: See `load_model`.
+
+    Raises:
+        ModelError: Unknown name, unreadable files or no network.
+
+    >>> model_needs("random:gpt2").whole // 2**20
+    474
+    """
+    if name.startswith(RANDOM):
+        return needs_of(_random_config(name.removeprefix(RANDOM), blocks)[0])
+    return needs_of(read_config(_checkpoint_folder(name, cache_folder(cache)), blocks))
 
 
 def available_models(cache: str | os.PathLike[str] | None = None) -> list[ModelRecord]:

@@ -1,0 +1,1 @@
+"""Sweeps: a grid of cells, one row a cell, in a store that survives a kill at any moment."""
