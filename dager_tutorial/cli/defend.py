@@ -87,9 +87,11 @@ def utility(
     if (defences.sample_rate, defences.steps) != (1.0, 1):
         raise DagerError("--sample-rate and --steps are those of the training here: leave them out")
     from dager_tutorial.data import load_texts
+
+    examples = load_texts(data)
     from dager_tutorial.evaluation.utility import Training, utility_row
 
-    how, examples = Training(updates, learning_rate=learning_rate, tests=tests), load_texts(data)
+    how = Training(updates, learning_rate=learning_rate, tests=tests)
     defended = {cell.name: cell for cell in _cells(defences)}
     shared = {"measure": "utility", **_model(model), "data": Path(data).stem, **vars(how)}
     wanted = [shared | {"seed": each, "defence": name} for name in defended for each in range(seed, seed + runs)]
@@ -118,7 +120,8 @@ def table(
     written = markdown_table(found)
     if markdown is not None:
         output.write_text(markdown, written)
-    results.finish({"rows": found}, written)
+    results.finish({"rows": found})
+    typer.echo(written)
 
 
 def _measured(
