@@ -32,8 +32,9 @@ SEED  ?= 0
 # Guessed from the model's name; for an encoder that is called otherwise: `make bench MODEL=... KIND=encoder`.
 KIND  ?= $(if $(findstring bert,$(MODEL))$(findstring minilm,$(MODEL)),encoder,decoder)
 
-# Where `make results` finds corpora as TSV files of their names; left out, they are fetched through `datasets`.
+# Where `make results` finds corpora as TSV files of their names; left out, they are fetched through `datasets`. Which grid it does.
 TEXTS  ?=
+GRID   ?= cpu
 TABLES = $(BIN)/dager table docs/results/*/rows.jsonl \
 	--markdown docs/results/tables.md --html docs/results/tables.html
 
@@ -101,8 +102,8 @@ else
 	$(BIN)/dager bench scaling --model $(MODEL) --data $(DATA) --seed $(SEED)
 endif
 
-results: $(RUNTIME) ## Make again the rows of docs/results that one core can make, then the tables (TEXTS: a folder of TSV files).
-	$(BIN)/dager sweep docs/results/cpu.yaml --rows docs/results/cpu $(if $(TEXTS),--texts $(TEXTS))
+results: $(RUNTIME) ## Make again the rows of docs/results that one core can make, then the tables (GRID, TEXTS).
+	$(BIN)/dager sweep docs/results/$(GRID).yaml --rows docs/results/$(GRID) $(if $(TEXTS),--texts $(TEXTS))
 	$(TABLES)
 
 results-gpu: $(RUNTIME) ## Make the rows that want a GPU of 80 GB, go on where it stopped, then the tables.

@@ -20,7 +20,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before anything of these packages is imported: under pytest every annotation is checked, shapes included.
-_CHECKED = ("challenges", "client", "evaluation", "frameworks", "models", "server", "textbook")
+_CHECKED = ("baselines", "challenges", "client", "evaluation", "frameworks", "models", "server", "textbook")
 install_import_hook([f"dager_tutorial.{name}" for name in _CHECKED], "shape_checks.checked")
 pytest.register_assert_rewrite("helpers")
 

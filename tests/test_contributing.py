@@ -17,7 +17,7 @@ ROW = re.compile(
     re.MULTILINE,
 )
 ROWS = [(row["chapter"], row["title"], re.findall(r"`([^`]+)`", row["files"])) for row in ROW.finditer(GUIDE)]
-EXPLAINED = ("challenges", "client", "evaluation", "frameworks", "models", "server", "textbook")
+EXPLAINED = ("baselines", "challenges", "client", "evaluation", "frameworks", "models", "server", "textbook")
 NAMED = {entry for _, _, entries in ROWS for entry in entries}
 
 

@@ -19,8 +19,7 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
 from dager_tutorial.server.attack import attack
 from dager_tutorial.server.evidence import evidence_of
-from dager_tutorial.server.inspection import Inspection, TapReport, inspect_update
-from dager_tutorial.server.verdict import prospects
+from dager_tutorial.server.inspection import Inspection, TapReport, inspect_update, prospects
 from dager_tutorial.update import Update
 
 Draw = Callable[..., list[str]]

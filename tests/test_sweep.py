@@ -167,6 +167,17 @@ def test_a_row_says_what_dager_attack_says_of_the_same_batch(zoo, tmp_path, rand
     assert main(command) == 0 and (rows / "rows.jsonl").read_bytes() == before
 
 
+def test_an_earlier_attack_runs_on_the_same_update_and_confirms_nothing(zoo, tmp_path):
+    axes = ["models=tiny-gpt2", "corpora=notes", "batch_sizes=2", "seeds=0", "attacks=dager, {name: tag, steps: 3}"]
+    options = [word for axis in axes for word in ("--vary", axis)]
+    assert main(["sweep", *options, "--rows", str(tmp_path), "--workers", "1"]) == 0
+    ours, earlier = read_rows(tmp_path)
+    assert (earlier["steps"], earlier["false_confirmed"], earlier["error"]) == (3, 0, None)
+    assert earlier["sent.gradient_norm"] == ours["sent.gradient_norm"] and ours["rouge1"] > earlier["rouge1"]
+    judged = plan_of(CELL | {"attack": "lamp", "attack.prior": "some", "attack.steps": 5, "attack.time_budget": 2.0})
+    assert (judged.options.prior, judged.options.effort.steps, judged.options.limits.time_budget) == ("some", 5, 2.0)
+
+
 def test_a_cell_that_fails_is_a_row_that_says_why(zoo, tmp_path, capsys):
     axes = ["models=tiny-bert, tiny-gpt2", "corpora=nowhere, notes", "batch_sizes=2", "seeds=0"]
     wrong = "settings={client: {task: next_token}}"
@@ -190,7 +201,7 @@ def test_no_more_workers_than_memory_cores_and_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     small, large = ({**CELL, "model": name} for name in ("small", "large"))
     trained = {**small, "training.epochs": 3}
-    assert [workers.affordable(each, "cpu") for each in ([small], [small, trained], [small, large], [])] == [6, 5, 1, 6]
+    assert [workers.affordable(each, "cpu") for each in ([small], [small, trained], [small, large], [])] == [5, 4, 1, 6]
     assert workers.affordable([small], "cuda") == 2
     monkeypatch.setattr(workers, "available_memory", lambda: 10**9)
     assert workers.affordable([large], "cpu") == 1  # loading it says that it does not fit

@@ -14,6 +14,7 @@ import typer
 from dager_tutorial import __version__
 from dager_tutorial.cli import bench, challenge, defend, models
 from dager_tutorial.cli.audit import audit
+from dager_tutorial.cli.baselines import baseline
 from dager_tutorial.cli.demo import demo
 from dager_tutorial.cli.parties import attack, capture, inspect, recover, score
 from dager_tutorial.cli.sweep import sweep
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Exact gradient inversion for language models: what does an update give away?",
 )
-for command in (demo, capture, recover, score, attack, inspect, audit, sweep, table, plot):
+for command in (demo, capture, recover, score, attack, baseline, inspect, audit, sweep, table, plot):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(defend.app, name="defend")

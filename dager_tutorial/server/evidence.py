@@ -6,8 +6,8 @@ Chapter `03_span`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ from dager_tutorial.server.adapter_reading import adapter_gradients, adapter_nam
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.drift import halfway, undecayed
 from dager_tutorial.server.missing.entries import is_pruned
-from dager_tutorial.server.missing.filling import Filled, filled
+from dager_tutorial.server.missing.filling import Filled, filled, filled_span
 from dager_tutorial.server.missing.quantised import bits_of, grid_span, in_steps
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
 from dager_tutorial.server.reading import span_of
@@ -88,27 +88,12 @@ class Evidence:
         if gradient is None:
             return low_rank_span(tap, self.gradients, self.maps, read)
         if self.pruned:
-            return self._read_filled(tap, read)
+            return filled_span(self.filled(tap), gradient.shape[1], read)
         if self.bits is not None:
             levels = {name: in_steps(self.gradients[name], self.bits) for name in self.shared(tap)}
             stacked = tap.gradient(levels)
             return None if stacked is None else grid_span(stacked, arithmetic=arithmetic, device=device)
         return read(gradient, shared=self._bias(tap))
-
-    def _read_filled(self, tap: Tap, read: Callable[[Tensor], Span | None]) -> Span | None:
-        """The span of those inputs of a tap of which enough was sent."""
-        found = self.filled(tap)
-        span = None if found is None else read(found.values)
-        if found is None or span is None:
-            return None
-        chosen = torch.eye(self._width(tap), dtype=torch.float64)[found.inputs.cpu()]
-        return replace(span, projection=chosen.to(span.signal.device))
-
-    def _width(self, tap: Tap) -> int:
-        """How many inputs a tap has."""
-        gradient = tap.gradient(self.gradients)
-        assert gradient is not None, f"{tap.name} was not shared"
-        return gradient.shape[1]
 
     def filled(self, tap: Tap) -> Filled | None:
         """The gradient of a tap, as far as what was sent of it tells the rest; None where too little was."""
@@ -167,23 +152,6 @@ class Evidence:
         if span is None:
             return Status.NO_SIGNAL
         return Status.NOISE if span.rank == 0 else None
-
-    def tells_tokens(self) -> bool:
-        """Whether block 0's span tells tokens from one another: a random token at a random place mostly fails its test.
-
-        It need not in the difference of two weights, where steps below the last place of a weight leave mere rounding.
-        """
-        span = self.span(self.adapter.tap(0, QKV))
-        if span is None or span.saturated:
-            return True  # nothing to be tested, or by other means
-        source, draw = self.adapter.first_input, torch.Generator().manual_seed(0)
-        pairs = constants().random_pairs
-        tokens = torch.randint(len(source.tokens), (pairs,), generator=draw)
-        places = None
-        if source.positions is not None:
-            places = torch.randint(len(source.positions), (pairs,), generator=draw).to(source.positions.device)
-        held = span.holds(source.vectors(tokens.to(source.tokens.device), places))
-        return float(held.float().mean()) <= constants().random_held
 
     def log_odds(self, vectors: Mapping[Tap, Float[Tensor, "rows _"]]) -> dict[Tap, Float[Tensor, " rows"]]:
         """Log-odds that vectors were rows of the batch against that they were not, tap by tap.

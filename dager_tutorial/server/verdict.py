@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dager_tutorial.models.adapter import Adapter, DecoderAdapter
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
+from dager_tutorial.models.adapter import Adapter
+from dager_tutorial.models.tap import QKV
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import Ends, Outcome
+from dager_tutorial.server.token_filter import tells_tokens
 from dager_tutorial.status import Certainty, Status
 
 Verdict = tuple[Status, str]
@@ -23,8 +24,9 @@ Verdict = tuple[Status, str]
 
 def unreadable(evidence: Evidence) -> Outcome | None:
     """The outcome where block 0 says nothing, so that no search can begin; None where it does say something."""
-    status = evidence.nothing_in(evidence.adapter.tap(0, QKV))
-    if status is None and evidence.drifts and not evidence.tells_tokens():
+    tap = evidence.adapter.tap(0, QKV)
+    status, span = evidence.nothing_in(tap), evidence.span(tap)
+    if span is not None and evidence.drifts and not tells_tokens(evidence.adapter.first_input, span):
         status = Status.NOISE
     if status is None:
         return None
@@ -264,38 +266,3 @@ def _unless_late(status: Status, reason: str, *, late: bool) -> Verdict:
 
 def _of(rows: int, expected: int | None) -> str:
     return str(rows) if expected is None else f"{rows} of {expected}"
-
-
-def prospects(evidence: Evidence) -> str:
-    """What is to be expected of an attack, before any search: one sentence for people."""
-    nothing = unreadable(evidence)
-    if nothing is not None:
-        return nothing.diagnosis
-    adapter = evidence.adapter
-    first = evidence.present(adapter.tap(0, QKV)).popitem()[1]
-    if first.saturated:
-        return "block 0 is saturated: even single tokens hide in the full rank"
-    later = [tap for tap in adapter.taps() if (tap.block, tap.kind) != (0, QKV)]
-    deeper = [span for span in evidence.present(*later).values() if span.rank]
-    full = any(span.saturated for span in deeper)
-    if isinstance(adapter, DecoderAdapter):
-        return _of_a_decoder(first.rank, bool(deeper), full)
-    return _of_an_encoder(first.rank, evidence.span(adapter.tap(0, ATTENTION_OUTPUT)) is not None, full)
-
-
-def _of_a_decoder(inputs: int, deeper: bool, full: bool) -> str:
-    """What is to be expected where block 0 tells the tokens of a causal model."""
-    if full:
-        return "tokens can be told from block 0, prefixes only by leverage: they are about as many as the model is wide"
-    if not deeper:
-        return "tokens can be told from block 0; without further taps their order cannot"
-    return f"exposed: {inputs} independent inputs in block 0 and room in the span to test every prefix"
-
-
-def _of_an_encoder(inputs: int, attended: bool, full: bool) -> str:
-    """What is to be expected where block 0 tells the tokens of a bidirectional model."""
-    if not attended:
-        return "tokens can be told from block 0; without its attention output gradient whole texts cannot"
-    if full:
-        return "tokens can be told from block 0, whole texts cannot: they have about as many as the model is wide"
-    return f"exposed: {inputs} independent inputs in block 0 and room in the span to test whole texts"

@@ -10,6 +10,7 @@ from typing import Any
 from dager_tutorial.errors import DagerError
 from dager_tutorial.evaluation.starts import starting_tokens
 from dager_tutorial.evaluation.sweep.attacker import Attacker, Found, Received, check_options
+from dager_tutorial.evaluation.sweep.earlier import EARLIER
 from dager_tutorial.models import adapter_for
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.attack import attack
@@ -72,5 +73,7 @@ ATTACKERS = {
     "dager": Attacker(_read_limits, _ours),
     "textbook": Attacker(_read_textbook, _textbook),
     "starts": Attacker(_read_thresholds, _starts),
+    **EARLIER,
 }
-"""`dager` is this project's attack, `textbook` the paper's algorithm as it writes it, `starts` its first step alone."""
+"""`dager` is this project's attack, `textbook` the paper's algorithm as it writes it, `starts` its first step alone;
+`dlg`, `tag` and `lamp` came before (`earlier`)."""

@@ -85,9 +85,7 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     """
     adapter = evidence.adapter
     assert isinstance(adapter, DecoderAdapter)
-    # Where embeddings name the tokens of a pruned update, block 0's large gradient need not be filled in.
-    named = evidence.pruned and named_alone(evidence) is not None
-    nothing, first = (None, None) if named else (unreadable(evidence), evidence.span(adapter.tap(0, QKV)))
+    nothing, first = _of_first_block(evidence, adapter)
     full = first is not None and first.saturated
     if evidence.maps and first is not None and nothing is None:
         narrow = _of_narrow_adapter(evidence, adapter, first, budget)
@@ -98,16 +96,30 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     if not candidates.count:
         return no_candidates(late=budget.late, saturated=full) if nothing is None else nothing
     spans = _cascade(evidence, adapter, budget)
-    if not spans and (nothing is not None or named):
-        return nothing or too_few_entries()
+    if nothing is not None and not spans:
+        return nothing
     if prompt and explained(evidence, [adapter.tap(0, QKV), *spans], prompt) == len(prompt):
         candidates = candidates.beginning(prompt)
-    saturated = full or any(span.saturated for span in spans.values())
-    last, expected = _last(evidence, adapter, budget), expected_rows(spans.values())
+    last = _last(evidence, adapter, budget)
     if budget.late:
         return Outcome(*no_beginning(adapter, late=True))
     if _without_gap(evidence, spans):
         return _by_rank(evidence, adapter, spans, candidates, last, budget)
+    return _by_spans(evidence, adapter, spans, candidates, last, budget, full=full)
+
+
+def _by_spans(
+    evidence: Evidence,
+    adapter: DecoderAdapter,
+    spans: Spans,
+    candidates: Candidates,
+    last: Spans,
+    budget: Budget,
+    *,
+    full: bool,
+) -> Outcome:
+    """The outcome of a search by residuals, or by the evidence of all taps where spans are full."""
+    saturated, expected = full or any(span.saturated for span in spans.values()), expected_rows(spans.values())
     with evidence.watch.stage("search"):
         if not saturated:
             tree = _by_residual(adapter, spans, candidates, budget)
@@ -116,7 +128,6 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
         if saturated:
             tree = likely_prefixes(evidence, adapter, candidates, last, budget)
         elif (dropped := _under_dropout(evidence, adapter, candidates, tree, budget)) is not None:
-            # Deeper taps have masks, too, that nobody knows.
             tree, spans, last = dropped, evidence.present(adapter.tap(0, ATTENTION_OUTPUT)), {}
         complete = not saturated and tree.distinct_rows() == expected
         neighbours = _neighbours(evidence, adapter, last, candidates, budget)
@@ -150,6 +161,16 @@ def ranked_prefixes(
     ranking = Ranking(spans, FirstBlock.screened(adapter, None, budget), candidates.distinct(), budget.generator())
     tree = BeamSearch(candidates, ranking, budget).run()
     return [tree.nodes[leaf].tokens for leaf in tree.leaves()]
+
+
+def _of_first_block(evidence: Evidence, adapter: DecoderAdapter) -> tuple[Outcome | None, Span | None]:
+    """The span of block 0's query, key and value gradient, and the outcome where nothing can be searched without it.
+
+    Where embeddings name the tokens of a pruned update, this large gradient need not be filled in.
+    """
+    if evidence.pruned and named_alone(evidence) is not None:
+        return too_few_entries(), None
+    return unreadable(evidence), evidence.span(adapter.tap(0, QKV))
 
 
 def _of_narrow_adapter(evidence: Evidence, adapter: DecoderAdapter, first: Span, budget: Budget) -> Outcome | None:
@@ -193,7 +214,10 @@ def _by_residual(adapter: DecoderAdapter, spans: Spans, candidates: Candidates, 
 def _under_dropout(
     evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, tree: Tree, budget: Budget
 ) -> Tree | None:
-    """The prefixes that fit if the client drops attention weights; None where more fit if it does not."""
+    """The prefixes that fit if the client drops attention weights; None where more fit if it does not.
+
+    Block 0's attention output alone tells: deeper taps have masks, too, that nobody knows.
+    """
     span = evidence.span(adapter.tap(0, ATTENTION_OUTPUT))
     if span is None or not span.clear or tree.overflowed or tree.distinct_rows() >= span.rank or evidence.pruned:
         return None

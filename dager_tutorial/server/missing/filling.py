@@ -10,15 +10,15 @@ what they say afterwards is the proof.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dager_tutorial.server.constants import constants
-
-FILLING_SEED = 1_618_033_988
+from dager_tutorial.server.subspace import Span
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,21 @@ class Filled:
     values: Float[Tensor, "some chosen"]
     outputs: Int[Tensor, " some"]
     inputs: Int[Tensor, " chosen"]
+
+
+def filled_span(found: Filled | None, inputs: int, read: Callable[[Tensor], Span | None]) -> Span | None:
+    """The span of those inputs of a tap of which enough was sent.
+
+    Args:
+        found: The tap's gradient, as far as it could be filled.
+        inputs: How many inputs the tap has.
+        read: Reads a span off a gradient.
+    """
+    span = None if found is None else read(found.values)
+    if found is None or span is None:
+        return None
+    chosen = torch.eye(inputs, dtype=torch.float64)[found.inputs.cpu()]
+    return replace(span, projection=chosen.to(span.signal.device))
 
 
 @dataclass
@@ -68,7 +83,7 @@ def filled(gradient: Float[Tensor, "outputs inputs"], guess: int = 0) -> Filled 
     outputs = _fullest(gradient != 0, gradient.shape[1])
     scaled, scales = _evened(gradient[outputs])
     known = scaled != 0
-    draw = torch.Generator().manual_seed(FILLING_SEED)
+    draw = torch.Generator().manual_seed(constants().filling_seed)
     held = known & (torch.rand(known.shape, generator=draw) < constants().held_out).to(known.device)
     found = _grown(scaled, known & ~held, guess)
     if found is None:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
