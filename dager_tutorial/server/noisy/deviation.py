@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from jaxtyping import Float, Int
 from scipy.stats import chi2
 from torch import Tensor
