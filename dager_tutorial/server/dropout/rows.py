@@ -75,11 +75,13 @@ class _Sums:
 def dropout_rate(evidence: Evidence) -> float | None:
     """The rate of a causal model's dropout behind its embeddings, from zeros inside their gradient; None without it.
 
+    In a difference of weights zeros are entries that a step was too small to move: they tell nothing.
+
     Args:
         evidence: The update's gradients.
     """
     sums = _tables(evidence)
-    if sums is None or evidence.pruned or evidence.bits:
+    if sums is None or evidence.pruned or evidence.bits or evidence.drifts:
         return None
     shares = sums[0].shares
     largest = float(shares.max())
