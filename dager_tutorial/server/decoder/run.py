@@ -8,16 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dager_tutorial.models.adapter import DecoderAdapter
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, QUERY, Tap
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY, Tap
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.candidates import candidates_of
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.beams import BeamSearch
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
-from dager_tutorial.server.decoder.front import FirstBlock
 from dager_tutorial.server.decoder.narrow.run import text_that_explains
 from dager_tutorial.server.decoder.neighbours import Neighbours
-from dager_tutorial.server.decoder.ranking import Ranking
+from dager_tutorial.server.decoder.passage import Passage
+from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
 from dager_tutorial.server.decoder.residual import ResidualSelector
 from dager_tutorial.server.decoder.search import TreeSearch
 from dager_tutorial.server.decoder.summed.run import likely_prefixes
@@ -103,7 +103,7 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     if budget.late:
         return Outcome(*no_beginning(adapter, late=True))
     if _without_gap(evidence, spans):
-        return _by_rank(evidence, adapter, spans, candidates, last, budget)
+        return _by_rank(evidence, adapter, candidates, last, budget)
     with evidence.watch.stage("search"):
         if not saturated:
             tree = _by_residual(adapter, spans, candidates, budget)
@@ -170,13 +170,16 @@ def _without_gap(evidence: Evidence, spans: Spans) -> bool:
 
 
 def _by_rank(
-    evidence: Evidence, adapter: DecoderAdapter, spans: Spans, candidates: Candidates, last: Spans, budget: Budget
+    evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, last: Spans, budget: Budget
 ) -> Outcome:
     """The outcome of a search where no gap stands below the signal."""
-    spans = evidence.present(*spans, adapter.tap(0, MLP_OUTPUT))
+    ranked = evidence.present(*ranked_taps(adapter))
+    # Leverages of a full span say little beside residuals, and ask for all of its directions.
+    spans = {tap: span for tap, span in ranked.items() if not span.saturated} or ranked
+    readers = {tap: Misfit(span) for tap, span in spans.items()}
     with evidence.watch.stage("search"):
-        ranking = Ranking(spans, FirstBlock.screened(adapter, None, budget), candidates.distinct(), budget.generator())
-        tree = BeamSearch(candidates, ranking, budget).run()
+        passage = Passage(adapter, readers, budget, blocks=constants().ranked_blocks)
+        tree = BeamSearch(candidates, Ranking(passage, candidates.distinct(), budget.generator()), budget).run()
         clear = {tap: span for tap, span in last.items() if span.clear}
         neighbours = _neighbours(evidence, adapter, clear, candidates, budget)
         likely = _likeliest(_Found(tree, whole_texts(adapter, tree, clear, neighbours=neighbours), {}, clear))
