@@ -123,6 +123,7 @@ class Constants:
     weak_rows: int = _constant(2, "more rows that do not stand out than do before a beam is given up", "chosen")
     alike: int = _constant(4, "last tokens by which a prefix is known as a copy of a better one", "chosen")
     ending: float = _constant(0.5, "share of a text's usual evidence below which its last rows are none", "chosen")
+    last_share: float = _constant(0.6, "share of a text's usual misfit in the last block that its end has", "measured")
     own_rows: float = _constant(2.0, "outstanding rows that a text needs which no better text has", "chosen")
     # Decoder search where an adapter is narrower than its text is long
     whitening_texts: int = _constant(128, "random texts that tell which directions rows share anyway", "statistics")

@@ -13,7 +13,7 @@ from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.candidates import candidates_of
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.beams import BeamSearch
-from dager_tutorial.server.decoder.ends import Texts, whole_texts
+from dager_tutorial.server.decoder.ends import Texts, likely_ends, whole_texts
 from dager_tutorial.server.decoder.narrow.run import text_that_explains
 from dager_tutorial.server.decoder.neighbours import Neighbours
 from dager_tutorial.server.decoder.passage import Passage
@@ -182,7 +182,11 @@ def _by_rank(
         tree = BeamSearch(candidates, Ranking(passage, candidates.distinct(), budget.generator()), budget).run()
         clear = {tap: span for tap, span in last.items() if span.clear}
         neighbours = _neighbours(evidence, adapter, clear, candidates, budget)
-        likely = _likeliest(_Found(tree, whole_texts(adapter, tree, clear, neighbours=neighbours), {}, clear))
+        texts = whole_texts(adapter, tree, clear, neighbours=neighbours)
+        if not texts.seen:
+            attended = {tap: span for tap, span in last.items() if tap.kind == ATTENTION_OUTPUT}
+            texts = replace(texts, nodes=likely_ends(adapter, tree, attended))
+        likely = _likeliest(_Found(tree, texts, {}, clear))
     if not likely.texts.nodes:
         return likely.outcome(*no_beginning(adapter, late=budget.late))
     return likely.outcome(*of_ranking(likely.ends, len(likely.texts.confirmed), late=budget.late))
