@@ -186,6 +186,7 @@ def test_without_proof_a_text_ends_where_its_last_row_fits_best(tiny_gpt2: Langu
     assert isinstance(adapter, DecoderAdapter)
     attended = evidence.present(adapter.tap(adapter.num_blocks - 1, ATTENTION_OUTPUT))
     tree = planted(tiny_gpt2, [f"{texts[0]} again dog", texts[1], "the dog is good"])
-    found = tokens_of(tree, likely_ends(adapter, tree, attended))
-    assert found == truth(tiny_gpt2, [*texts, "the dog is good"])
-    assert likely_ends(adapter, tree, {}) == tuple(tree.leaves())
+    nodes, told = likely_ends(adapter, tree, attended)
+    assert not told and tokens_of(tree, nodes) == truth(tiny_gpt2, [*texts, "the dog is good"])
+    assert likely_ends(adapter, planted(tiny_gpt2, texts), attended)[1]
+    assert likely_ends(adapter, tree, {}) == (tuple(tree.leaves()), False)

@@ -74,7 +74,7 @@ def whole_texts(
     return Texts(tuple(sorted(ends.union(longest))), proven, seen=True, crowded=crowded and neighbours is None)
 
 
-def likely_ends(adapter: DecoderAdapter, tree: Tree, attended: Mapping[Tap, Span]) -> tuple[int, ...]:
+def likely_ends(adapter: DecoderAdapter, tree: Tree, attended: Mapping[Tap, Span]) -> tuple[tuple[int, ...], bool]:
     """For each leaf the prefix on the way to it where its text most likely ends, where nothing proves an end.
 
     A text's last row fits better in the last block than the rows before it and any behind it, gap or no gap.
@@ -85,19 +85,21 @@ def likely_ends(adapter: DecoderAdapter, tree: Tree, attended: Mapping[Tap, Span
         attended: The span of the last block's attention output, where there is one.
 
     Returns:
-        Indices of nodes; a leaf itself where no prefix of it stands out.
+        Indices of nodes, a leaf itself where no prefix of it stands out; and whether on the way to each one does.
     """
     leaves = tree.leaves()
     if not leaves or not attended:
-        return tuple(leaves)
+        return tuple(leaves), False
     ((_, ratios),) = last_ratios(adapter, tree, leaves, attended).items()
-    ends = set()
+    ends, told = set(), True
     for leaf in leaves:
         path = [index for index in tree.path(leaf) if index in ratios]
         best = min(path, key=lambda index: ratios[index])
         usual = statistics.median(ratios[index] for index in path)
-        ends.add(best if ratios[best] <= constants().last_share * usual else leaf)
-    return tuple(sorted(ends))
+        stands_out = ratios[best] <= constants().last_share * usual
+        ends.add(best if stands_out else leaf)
+        told &= stands_out
+    return tuple(sorted(ends)), told
 
 
 def _ends(

@@ -26,7 +26,7 @@ from dager_tutorial.server.odds import MEDIAN_TO_DEVIATION, usual
 from dager_tutorial.server.subspace import Span
 
 
-def ranked_taps(adapter: DecoderAdapter) -> list[Tap]:
+def ranked_taps(adapter: DecoderAdapter, blocks: int) -> list[Tap]:
     """The taps by which extensions are ranked: of the first blocks, in the order of the forward pass.
 
     What enters block 0 has chosen the candidates. Of the last block only its input counts: behind it, a loss on the
@@ -34,8 +34,9 @@ def ranked_taps(adapter: DecoderAdapter) -> list[Tap]:
 
     Args:
         adapter: The architecture.
+        blocks: How many blocks extensions go through.
     """
-    inner = range(min(constants().ranked_blocks, adapter.num_blocks - 1))
+    inner = range(min(blocks, adapter.num_blocks - 1))
     taps = [adapter.tap(block, kind) for block in inner for kind in (QKV, ATTENTION_OUTPUT, MLP, MLP_OUTPUT)]
     return [*taps[1:], adapter.tap(len(inner), QKV)] if inner else [adapter.tap(0, ATTENTION_OUTPUT)]
 

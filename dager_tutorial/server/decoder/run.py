@@ -172,24 +172,35 @@ def _without_gap(evidence: Evidence, spans: Spans) -> bool:
 def _by_rank(
     evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, last: Spans, budget: Budget
 ) -> Outcome:
-    """The outcome of a search where no gap stands below the signal."""
-    ranked = evidence.present(*ranked_taps(adapter))
+    """The outcome of a search where no gap stands below the signal.
+
+    One block tells enough where little drifted, and costs little. That it did shows in the last block, at the ends.
+    """
+    clear = {tap: span for tap, span in last.items() if span.clear}
+    attended = {tap: span for tap, span in last.items() if tap.kind == ATTENTION_OUTPUT}
+    neighbours = _neighbours(evidence, adapter, clear, candidates, budget)
+    for blocks in (1, constants().ranked_blocks):
+        tree = _ranked(evidence, adapter, candidates, budget, blocks)
+        with evidence.watch.stage("search"):
+            texts = whole_texts(adapter, tree, clear, neighbours=neighbours)
+            nodes, told = likely_ends(adapter, tree, attended)
+        if told or budget.late:
+            break
+    likely = _likeliest(_Found(tree, texts if texts.seen else replace(texts, nodes=nodes), {}, clear))
+    if not likely.texts.nodes:
+        return likely.outcome(*no_beginning(adapter, late=budget.late))
+    return likely.outcome(*of_ranking(likely.ends, len(likely.texts.confirmed), late=budget.late))
+
+
+def _ranked(evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, budget: Budget, blocks: int) -> Tree:
+    """The texts that the taps of so many blocks rank first, as a tree."""
+    ranked = evidence.present(*ranked_taps(adapter, blocks))
     # Leverages of a full span say little beside residuals, and ask for all of its directions.
     spans = {tap: span for tap, span in ranked.items() if not span.saturated} or ranked
     readers = {tap: Misfit(span) for tap, span in spans.items()}
     with evidence.watch.stage("search"):
-        passage = Passage(adapter, readers, budget, blocks=constants().ranked_blocks)
-        tree = BeamSearch(candidates, Ranking(passage, candidates.distinct(), budget.generator()), budget).run()
-        clear = {tap: span for tap, span in last.items() if span.clear}
-        neighbours = _neighbours(evidence, adapter, clear, candidates, budget)
-        texts = whole_texts(adapter, tree, clear, neighbours=neighbours)
-        if not texts.seen:
-            attended = {tap: span for tap, span in last.items() if tap.kind == ATTENTION_OUTPUT}
-            texts = replace(texts, nodes=likely_ends(adapter, tree, attended))
-        likely = _likeliest(_Found(tree, texts, {}, clear))
-    if not likely.texts.nodes:
-        return likely.outcome(*no_beginning(adapter, late=budget.late))
-    return likely.outcome(*of_ranking(likely.ends, len(likely.texts.confirmed), late=budget.late))
+        passage = Passage(adapter, readers, budget, blocks=blocks)
+        return BeamSearch(candidates, Ranking(passage, candidates.distinct(), budget.generator()), budget).run()
 
 
 def _neighbours(
