@@ -59,6 +59,7 @@ class BeamSearch:
         budget: What it may cost.
         rows: All rows that were ever kept, parents before children.
         seen: For each tap, the evidence of rows that stood out, summed: what it is worth.
+        told: Whether the last block tells where texts end, so that nothing is cut off before it is asked.
     """
 
     candidates: Candidates
@@ -66,6 +67,7 @@ class BeamSearch:
     budget: Budget
     rows: list[_Row] = field(default_factory=list)
     seen: Tensor | None = None
+    told: bool = False
 
     @torch.no_grad()
     def run(self) -> Tree:
@@ -181,7 +183,7 @@ class BeamSearch:
         """Last rows of the texts that have rows of their own, the best text first."""
         strong = [index for index, row in enumerate(self.rows) if not row.weak]
         inner = {step for index in strong for step in self._path(index)[:-1]}
-        leaves = (self._ended(index) for index in strong if index not in inner)
+        leaves = {self._ended(index): index for index in strong if index not in inner}
         ends = sorted(leaves, key=lambda index: -self.rows[index].total)
         explained: set[tuple[int, int]] = set()
         chosen = []
@@ -189,7 +191,7 @@ class BeamSearch:
             own = [self.rows[step] for step in self._path(end)]
             gain = sum(row.evidence for row in own if (row.position, row.token) not in explained)
             if gain >= constants().own_rows * self._needed(len(self.candidates.distinct())):
-                chosen.append(end)
+                chosen.append(leaves[end] if self.told else end)
                 explained |= {(row.position, row.token) for row in own}
         return chosen
 

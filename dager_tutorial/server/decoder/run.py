@@ -203,8 +203,10 @@ def _by_rank(
     spans = evidence.present(*spans, adapter.tap(0, MLP_OUTPUT))
     with evidence.watch.stage("search"):
         ranking = Ranking(spans, FirstBlock.screened(adapter, None, budget), candidates.distinct(), budget.generator())
-        tree = BeamSearch(candidates, ranking, budget).run()
-        clear = {tap: span for tap, span in last.items() if span.clear}
+        # What a grid makes of few directions is known: the last block's attention tells ends, even without a gap.
+        grid = evidence.bits is not None
+        clear = {tap: span for tap, span in last.items() if span.clear or (grid and tap.kind == ATTENTION_OUTPUT)}
+        tree = BeamSearch(candidates, ranking, budget, told=grid and bool(clear)).run()
         likely = _likeliest(_Found(tree, whole_texts(adapter, tree, clear), {}, clear))
     if not likely.texts.nodes:
         return likely.outcome(*no_beginning(adapter, late=budget.late))
