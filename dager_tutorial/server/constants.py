@@ -202,8 +202,11 @@ class Constants:
     uneven_noise: float = _constant(
         1.1, "factor by which silent rows may scatter unlike white noise of one deviation", "statistics"
     )
-    slope_ridge: float = _constant(0.01, "ridge of the regression of rows on slopes, share of a mean square", "measured")
+    slope_ridge: float = _constant(
+        0.01, "ridge of the regression of rows on slopes, share of a mean square", "measured"
+    )
     outstanding: float = _constant(8.0, "deviations of the matched filter below which a text is none", "statistics")
+    weakest_text: float = _constant(0.2, "share of the strongest text's S that every other one has", "chosen")
     apart: float = _constant(6.0, "deviations by which a text fits better than its neighbours", "chosen")
     neighbours: int = _constant(8, "places of a text at which its likeliest other token is tried", "cost")
     starts: int = _constant(16, "beginnings of texts that are weighed again after each text that was found", "cost")

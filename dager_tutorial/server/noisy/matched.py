@@ -1,8 +1,8 @@
 """The matched filter: a text's own gradient, simulated, against the update that was received (chapter `11_limits`).
 
 For white noise no statistic tells more than `S = <g(text), R> / |g(text)|`: its noise has the deviation of one entry,
-however many entries there are. A linear map's gradient is a sum over rows, so that `<g, R>` and `|g|` of many texts come
-from what enters and leaves the maps, and no gradient of a weight is ever formed.
+however many entries there are. A linear map's gradient is a sum over rows, so that `<g, R>` and `|g|` of many texts
+come from what enters and leaves the maps, and no gradient of a weight is ever formed.
 """
 
 from __future__ import annotations

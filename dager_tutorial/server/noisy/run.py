@@ -6,7 +6,7 @@ Chapter `11_limits`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from jaxtyping import Int
@@ -107,24 +107,35 @@ class _Search:
 
     def is_all(self, text: Ids) -> bool:
         """Whether a text, or what it climbs to, is all that there is; else it is forgotten."""
-        climb = self._climb()
-        found = climb.run(climb.best([text]), thoroughly=False)
-        self._enter(found)
-        self._review()
+        climb, before = self._climb(), self._signal()
+        self._enter(climb.run(climb.best([text]), thoroughly=False))
+        if self._signal() < before / 2 and not self.account.is_noise():
+            self._review()
         if self.account.is_noise():
+            self._review()
             return True
-        self.account.take(self.entries.pop()._replace(weight=-self.entries[-1].weight))
+        entry = self.entries.pop()
+        self.account.take(entry._replace(weight=-entry.weight))
         return False
+
+    def _signal(self) -> float:
+        """The squared length of what is left and no noise."""
+        entries = sum(each.numel() for each in self.account.rest.values())
+        return self.account.square() - entries * self.account.deviation**2
 
     def run(self, starts: Iterable[Ids]) -> None:
         """Find texts until what is left is noise, then look at each again without the others."""
+        strongest = 0.0
         pool = list(dict.fromkeys(start[:end] for start in starts for end in range(len(start), 0, -1)))
         while pool and not self.budget.late and not (self.entries and self.account.is_noise()):
             climb = self._climb()
             pool = self._promising(climb, pool)
             found = climb.run(climb.best(pool[:1]), thoroughly=False) if pool else None
-            if found is None or found.value <= constants().outstanding * self.account.deviation:
+            if found is None or found.value <= max(
+                constants().outstanding * self.account.deviation, constants().weakest_text * strongest
+            ):
                 break
+            strongest = max(strongest, found.value)
             self._enter(found)
             self.budget.report("completion", len(self.entries))
         while not self.budget.late and self._review():
@@ -161,12 +172,14 @@ class _Search:
         return before != [(entry.tokens, entry.label) for entry in self.entries]
 
     def _apart(self, climb: Climb, text: Text) -> bool:
-        """Whether the likeliest neighbours of a text fit worse than noise can make the true text fit.
+        """Whether a text could not be missing unseen, and fits better than its neighbours by more than noise makes.
 
         Of a true text's S and a false one's, S less by D, the difference has the deviation of the noise times the
         length of the difference of their directions, which is `sqrt(2 D / S)`.
         """
         if self.budget.late:
+            return False
+        if self.account.hides(text.value**2):
             return False
         rival = float(climb.matched.scores(climb.neighbours(text)).values.max())
         behind = math.sqrt(max(text.value - rival, 0.0) * text.value / 2)
@@ -180,16 +193,30 @@ class _Search:
             self.entries[place] = entry._replace(weight=exact)
 
     def outcome(self, before: Outcome) -> Outcome:
-        """What was found, with a certificate where nothing but noise is left; what was known before where nothing was."""
-        if not self.entries:
+        """What was found, proven where nothing but noise is left; what was known before stays known.
+
+        Args:
+            before: What the usual search found.
+        """
+        number = len(self.entries)
+        noise = bool(number) and self.account.is_noise()
+        told = f"noise of deviation {self.account.deviation:.1e} on every entry: {number} found by the matched filter"
+        if noise and len(self.certain) == number and all(self.certain):
+            texts = self._texts({}, Certainty.WHOLE)
+            return Outcome(
+                Status.CERTIFIED, f"{told}, simulated they leave that noise and nothing else", texts, size=number
+            )
+        if not number or before.status.claims_all:
             return before
-        noise, number = self.account.is_noise(), len(self.entries)
-        proven = noise and all(self.certain) and len(self.certain) == number
-        by = Confirmation(Certainty.WHOLE if proven else Certainty.GUESS)
-        texts = tuple(FoundText(entry.tokens, 1.0, by, (entry.label,), 1) for entry in self.entries)
-        told = f"noise of deviation {self.account.deviation:.2g} on every entry; {number} texts found by the matched filter"
-        if proven:
-            said = f"{told}: simulated they leave that noise and nothing else"
-            return Outcome(Status.CERTIFIED, said, texts, size=number)
-        late = Status.OUT_OF_TIME if self.budget.late else Status.PARTIAL
-        return Outcome(late, f"{told}: what they leave is more than noise" if not noise else f"{told}, not all told from others", texts)
+        known = {text.tokens: text for text in before.texts if text.confirmation.certainty is Certainty.WHOLE}
+        missing = "not each is told from its likeliest neighbours" if noise else "what they leave is more than noise"
+        status = Status.OUT_OF_TIME if self.budget.late else Status.PARTIAL
+        return Outcome(status, f"{told}, {missing}", self._texts(known, Certainty.GUESS))
+
+    def _texts(self, known: Mapping[Ids, FoundText], certainty: Certainty) -> tuple[FoundText, ...]:
+        """The texts of the account with their labels, and those that were known before."""
+        found = {
+            entry.tokens: FoundText(entry.tokens, 1.0, Confirmation(certainty), (entry.label,), 1)
+            for entry in self.entries
+        }
+        return tuple({**found, **known}.values())

@@ -1,0 +1,85 @@
+"""Gaussian noise on every entry of an update: what is named, the matched filter, whole texts, and what drowns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import truth
+
+from dager_tutorial.client.step import client_update
+from dager_tutorial.evaluation.changes import length
+from dager_tutorial.models.heads import Head
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.server.attack import attack
+from dager_tutorial.server.completion.simulation import Simulator
+from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.server.noisy.deviation import deviation_of, outstanding, table_gradient
+from dager_tutorial.server.noisy.matched import Matched
+from dager_tutorial.status import Status
+from dager_tutorial.update import Update
+
+TEXT = "we listen to the old river and my father never knew her"
+
+
+def noised(update: Update, deviation: float, seed: int = 5) -> Update:
+    draw = torch.Generator().manual_seed(seed)
+    changed = {
+        name: tensor + deviation * torch.randn(tensor.shape, generator=draw)
+        for name, tensor in update.gradients.items()
+    }
+    return replace(update, gradients=changed)
+
+
+def test_the_filter_is_the_inner_product_with_the_gradient(tiny_gpt2: LanguageModel) -> None:
+    received = client_update(tiny_gpt2, [TEXT], [1])
+    maps = {name: each for name, each in received.gradients.items() if each.dim() == 2}
+    matched = Matched(Simulator(tiny_gpt2, received, Head(), torch.float32), received.gradients)
+    for other, label in (("never knew the old river", 0), (TEXT, 1)):
+        (ids,) = truth(tiny_gpt2, [other])
+        own = client_update(tiny_gpt2, [other], [label]).gradients
+        product = sum(float((maps[name].double() * own[name]).sum()) for name in maps)
+        size = sum(float(own[name].double().square().sum()) for name in maps) ** 0.5
+        found = matched.scores([ids])
+        assert float(found.values[0]) == pytest.approx(abs(product) / size, rel=1e-4)
+        if product > 0:
+            assert int(found.labels[0]) == label
+            assert float(found.weights[0]) == pytest.approx(product / size**2, rel=1e-4)
+
+
+def test_silent_rows_measure_the_noise_and_others_name_the_tokens(tiny_gpt2: LanguageModel) -> None:
+    clean = client_update(tiny_gpt2, [TEXT])
+    assert deviation_of(evidence_of(tiny_gpt2, clean)) is None
+    evidence = evidence_of(tiny_gpt2, noised(clean, 1e-4))
+    deviation = deviation_of(evidence)
+    assert deviation == pytest.approx(1e-4, rel=0.02)
+    rows = table_gradient(evidence, evidence.adapter.first_input.tokens)
+    assert rows is not None and deviation is not None
+    (ids,) = truth(tiny_gpt2, [TEXT])
+    assert set(outstanding(rows, deviation).tolist()) == set(ids)
+
+
+def test_a_text_comes_back_through_noise_and_is_certified(tiny_gpt2: LanguageModel) -> None:
+    clean = client_update(tiny_gpt2, [TEXT], [1])
+    found = attack(tiny_gpt2, noised(clean, 1e-3 * length(clean) / 20))
+    assert found.status is Status.CERTIFIED, found.diagnosis
+    assert set(found.confirmed) == truth(tiny_gpt2, [TEXT])
+    assert found.labels == ((1,),)
+
+
+def test_an_update_that_drowns_gives_no_text(tiny_gpt2: LanguageModel) -> None:
+    clean = client_update(tiny_gpt2, [TEXT, "cup young snow"], [1, 0])
+    found = attack(tiny_gpt2, noised(clean, length(clean)))
+    assert not found.sequences
+    assert found.status is Status.NOISE
+
+
+@pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_llama"])
+def test_nothing_false_is_confirmed_in_noise(request: pytest.FixtureRequest, name: str) -> None:
+    model: LanguageModel = request.getfixturevalue(name)
+    texts = [TEXT, "cup young snow never listen to the wind"]
+    clean = client_update(model, texts, [1, 0])
+    for share in (1e-5, 1e-4, 1e-3):
+        found = attack(model, noised(clean, share * length(clean)))
+        assert not set(found.confirmed) - truth(model, texts)
