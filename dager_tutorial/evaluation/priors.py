@@ -1,4 +1,7 @@
-"""Attacks by gradient matching, DAGER as its paper writes it, and this project's attack, on the same updates."""
+"""Attacks by gradient matching, DAGER as its paper writes it, and this project's attack, on the same updates.
+
+Chapter `02_attacks_that_optimise`.
+"""
 
 from __future__ import annotations
 
