@@ -13,7 +13,7 @@ from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.step import client_update
 from dager_tutorial.errors import DagerError, ModelError, UpdateError
 from dager_tutorial.models import adapter_for
-from dager_tutorial.models.tap import QKV, QUERY
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV, QUERY
 from dager_tutorial.server.attack import attack
 from dager_tutorial.server.budget import AttackConfig
 from dager_tutorial.server.evidence import evidence_of
@@ -63,6 +63,13 @@ def test_texts_come_back_from_an_adapter_alone(model, options):
     known = handed_out(model, **options)
     found = attack(known, client_update(known, TEXTS), config=AttackConfig(complete=True))
     assert_exact(found, truth(model, TEXTS), Status.ROWS_COMPLETE)
+
+
+def test_a_map_that_is_full_does_not_hide_what_those_beside_it_say(tiny_llama):
+    known = handed_out(tiny_llama, rank=12, targets="all-linear", steps=2)
+    update, adapter = client_update(known, TEXTS), adapter_for(tiny_llama.network)
+    assert evidence_of(known, update).span(adapter.tap(0, ATTENTION_OUTPUT)).saturated
+    assert_exact(attack(known, update), truth(tiny_llama, TEXTS), Status.TEXTS_COMPLETE)
 
 
 def test_only_a_trained_adapter_gives_the_inputs_themselves(tiny_llama):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -21,7 +20,7 @@ from dager_tutorial.evaluation.accuracy import Batch
 from dager_tutorial.evaluation.defence_table import markdown_table, wilson
 from dager_tutorial.evaluation.defending import Cell, leakage_row, usual_cells
 from dager_tutorial.evaluation.leakage import leakage
-from dager_tutorial.evaluation.store import append_row, is_there, read_rows
+from dager_tutorial.evaluation.sweep.store import read_rows
 from dager_tutorial.evaluation.utility import Training, utility_row
 from dager_tutorial.server.attack import attack
 
@@ -82,22 +81,6 @@ def test_every_usual_defence_has_a_name_of_its_own():
     assert {"noise=0.0001", "keep=1% by magnitude", "DP-SGD epsilon=8 delta=1e-05 clip=1"} <= set(names)
 
 
-def test_rows_are_appended_whole_and_found_by_all_their_parameters(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    assert read_rows(path) == []
-    append_row(path, {"seed": 1, "blocks": None})
-    append_row(path, {"seed": 2, "blocks": 3})
-    rows = read_rows(path)
-    assert rows == [{"seed": 1, "blocks": None}, {"seed": 2, "blocks": 3}]
-    assert is_there(rows, {"blocks": None}) and is_there(rows, {"seed": 2, "blocks": 3})
-    assert not is_there(rows, {"seed": 1, "blocks": 3}) and not is_there(rows, {"seed": 1, "width": None})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        append_row(path, {"seed": math.nan})
-    path.write_text(path.read_text() + '{"seed": 3, "blo')
-    with pytest.raises(DagerError, match="line 3: is no row"):
-        read_rows(path)
-
-
 def test_a_task_is_learned_and_noise_as_large_as_the_weights_unlearns_it(tiny_gpt2, random_texts):
     good, bad = ["good", "glad", "clever", "free", "friend"], ["bad", "angry", "dead", "hungry", "alone"]
     examples = [
@@ -119,7 +102,7 @@ def test_a_task_is_learned_and_noise_as_large_as_the_weights_unlearns_it(tiny_gp
 
 
 def test_what_is_measured_is_not_run_again_and_the_table_has_both_halves(tiny_gpt2, tmp_path, capsys, monkeypatch):
-    folder, rows, data = saved(tiny_gpt2, tmp_path / "model"), tmp_path / "rows.jsonl", tmp_path / "words.tsv"
+    folder, rows, data = saved(tiny_gpt2, tmp_path / "model"), tmp_path / "rows", tmp_path / "words.tsv"
     data.write_text("label\ttext\n" + "".join(f"{index % 2}\t{TEXTS[index % 2]}\n" for index in range(30)))
     leak = ["defend", "leakage", "--model", folder, "--data", str(data), "--batch-size", "1", "--rows", str(rows)]
     learn = ["defend", "utility", "--model", folder, "--data", str(data), "--rows", str(rows), "--tests", "10"]
@@ -129,10 +112,11 @@ def test_what_is_measured_is_not_run_again_and_the_table_has_both_halves(tiny_gp
     assert main([*leak, "--batches", "3", "--clip", "1", "--head-std", "0.02"]) == 0
     assert "1 rows made" in capsys.readouterr().out and [row["seed"] for row in read_rows(rows)][-1] == 2
     made, record = tmp_path / "table.md", tmp_path / "rows.json"
-    assert main(["defend", "table", "--rows", str(rows), "--markdown", str(made), "--json", str(record)]) == 0
+    assert main(["defend", "table", str(rows), "--markdown", str(made), "--json", str(record)]) == 0
     first = made.read_text().split("\n")[2]
     assert "| clip=1 | 3 |" in first and "% (" in first and len(json.loads(record.read_text())["rows"]) == 5
     assert main(["defend", "leakage", "--model", "m", "--data", "no-such", "--batch-size", "1", "--rows", "r"]) == 2
+    assert main([*learn, "--epsilon", "8", "--steps", "3"]) == 2
 
 
 def test_the_interval_is_wilson_s_and_contains_the_share():

@@ -6,18 +6,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers import every, truth
 
 from dager_tutorial.client.batch import encode
 from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.client.federated import LocalTraining, local_update
 from dager_tutorial.client.step import client_update
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, QUERY
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
+from dager_tutorial.server.decoder.neighbours import Neighbours
 from dager_tutorial.server.decoder.run import _Found
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.evidence import Evidence, evidence_of
+from dager_tutorial.server.token_filter import Candidates
 
 Draw = Callable[..., list[str]]
 Sequences = set[tuple[int, ...]]
@@ -152,8 +156,24 @@ def test_as_many_ends_as_the_rank_allows_prove_nothing_where_more_pass(
     ((tap, span),) = last.items()
     for more, complete in ((0, True), (1, False)):
         ratios = {index: 0.5 if place < span.rank + more else 1e9 for place, index in enumerate(tree.real())}
-        monkeypatch.setattr("dager_tutorial.server.decoder.ends._last_ratios", lambda *_, found=ratios: {tap: found})
+        monkeypatch.setattr("dager_tutorial.server.decoder.ends.last_ratios", lambda *_, found=ratios: {tap: found})
         texts = whole_texts(adapter, tree, last)
         assert (texts.crowded, len(texts.confirmed)) == (not complete, span.rank)
         only = replace(texts, nodes=tuple(sorted(texts.confirmed)))
         assert _Found(tree, only, {}, last).ends.complete is complete
+
+
+def test_an_end_is_proven_where_no_neighbour_fits_and_not_where_the_text_goes_on(tiny_gpt2: LanguageModel) -> None:
+    """A beginning passes where inputs moved so far that everything does; the token that is missing tells it."""
+    texts = ["we want more milk", "a cat came home"]
+    update = local_update(tiny_gpt2, texts, training=LocalTraining(2, 1, 1e-4))
+    evidence = evidence_of(tiny_gpt2, update)
+    adapter = evidence.adapter
+    assert isinstance(adapter, DecoderAdapter) and evidence.drifts
+    last = evidence.present(adapter.tap(adapter.num_blocks - 1, ATTENTION_OUTPUT))
+    generous = {tap: replace(span, arithmetic=1.0) for tap, span in last.items()}  # everything passes
+    tokens = torch.tensor(sorted({token for text in truth(tiny_gpt2, texts) for token in text}))
+    for spans, cut, proven in ((last, None, 2), (last, 1, 0), (generous, None, 2), (generous, 1, 0)):
+        neighbours = Neighbours(adapter, spans, Candidates((tokens,), every_position=True), torch.Generator())
+        nodes = planted(tiny_gpt2, texts, cut=cut)
+        assert sum(neighbours.apart(nodes.nodes[leaf]) for leaf in nodes.leaves()) == proven

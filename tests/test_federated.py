@@ -11,9 +11,12 @@ from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.federated import LocalTraining, local_update, play_locally, summed
 from dager_tutorial.errors import DagerError
 from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.tap import QKV
 from dager_tutorial.server.embedding_rows import named_positions, named_tokens
 from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.server.token_filter import tells_tokens
 from dager_tutorial.status import Certainty, Status
+from dager_tutorial.update import Update
 
 TEXTS = ["the river was cold and quiet", "my sister sold her small house", "we never talk about money at dinner",
          "a teacher told the children a story"]  # fmt: skip
@@ -77,12 +80,20 @@ def test_embedding_rows_name_exactly_the_batch_s_tokens_and_its_length(model: La
     assert named_tokens(evidence_of(model, frozen)) is None
 
 
+def told(model: LanguageModel, update: Update) -> bool:
+    """Whether block 0 tells tokens."""
+    evidence = evidence_of(model, update)
+    span = evidence.span(evidence.adapter.tap(0, QKV))
+    return span is not None and tells_tokens(evidence.adapter.first_input, span)
+
+
 def test_steps_below_the_rounding_of_the_weights_are_said_to_be(tiny_gpt2: LanguageModel) -> None:
-    update, _ = play_locally(tiny_gpt2, TEXTS, training=LocalTraining(2, 2, 1e-7))
+    update = local_update(tiny_gpt2, TEXTS, training=LocalTraining(2, 2, 1e-6))
     found = attack(tiny_gpt2, update)
     assert found.status is Status.BELOW_ROUNDING
-    assert "did not move" in found.diagnosis
-    assert all(by.certainty is not Certainty.WHOLE for by in found.confirmations)
+    assert "did not move" in found.diagnosis and "nothing in block 0" in found.diagnosis and not found.sequences
+    readable = local_update(tiny_gpt2, TEXTS, training=LocalTraining(2, 2, 1e-2))
+    assert [told(tiny_gpt2, each) for each in (update, readable)] == [False, True]
 
 
 def test_training_that_diverges_is_told(tiny_gpt2: LanguageModel) -> None:

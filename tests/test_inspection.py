@@ -19,8 +19,7 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
 from dager_tutorial.server.attack import attack
 from dager_tutorial.server.evidence import evidence_of
-from dager_tutorial.server.inspection import Inspection, TapReport, inspect_update
-from dager_tutorial.server.verdict import prospects
+from dager_tutorial.server.inspection import Inspection, TapReport, inspect_update, prospects
 from dager_tutorial.update import Update
 
 Draw = Callable[..., list[str]]
@@ -39,6 +38,17 @@ def test_every_shared_tap_has_a_row_that_agrees_with_the_attack(model: LanguageM
         assert row.rank == ranks.get(row.tap, row.rank) and not row.saturated
         assert row.gap > 100 and 0 < row.noise_floor < 1e-6  # float32
     assert {row.tap for row in inspection.rows} & set(ranks)
+
+
+@every("tiny_gpt2", "tiny_llama", "tiny_bert")
+def test_without_block_0_s_attention_it_says_whether_the_search_begins_with_names(model: LanguageModel) -> None:
+    gradients = client_update(model, ["we listen to the river"]).gradients
+    first = set(adapter_for(model.network).tap(0, QKV).parameters)
+    left = {name: each for name, each in gradients.items() if not any(name.endswith(one) for one in first)}
+    bare = {name: each for name, each in left.items() if "embed" not in name and not name.endswith("wte.weight")}
+    said, bare_said = (inspect_update(model, Update(each)).verdict for each in (left, bare))
+    assert "missing" in said and "missing" in bare_said and "begin" not in bare_said
+    assert ("5 tokens" in said) == ("bert" not in model.name)
 
 
 @every("tiny_gpt2", "tiny_llama", "tiny_bert")

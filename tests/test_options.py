@@ -73,7 +73,6 @@ def test_commands_mean_the_same_by_an_option():
         "-o": 2,
         "--out": 2,  # an update, and an audit's page
         "--picture": 2,  # of growth, and of the paper's figures
-        "--rows": 3,  # of `defend` a file that grows, or several that are read; of `sweep` a folder
         "--seed": 2,  # `models export` draws weights and nothing else
         "--steps": 2,  # of the budget of DP-SGD, and of an earlier attack's optimiser
         "--time-budget": 2,  # `bench encoder` does not stop the textbook

@@ -216,3 +216,12 @@ def test_leverage_is_the_least_weight_that_makes_a_row() -> None:
         span = Span.cut(directions, values, rank, outputs=150)
         torch.testing.assert_close(span.log_leverage(vectors).double(), least, rtol=0, atol=1e-3)
         torch.testing.assert_close(span.log_leverage(7 * vectors), span.log_leverage(vectors), rtol=0, atol=1e-4)
+
+
+def test_a_gradient_of_which_few_entries_are_left_has_a_span() -> None:
+    """Outside a first estimate of the span nothing is left then, and no output's noise can be measured."""
+    gradient = torch.zeros(60, 40, dtype=torch.float64)
+    for output in range(60):
+        gradient[output, output % 20] = 0.5 ** (output % 20)
+    span = span_of(gradient)
+    assert span is not None and bool(span.strengths.isfinite().all())

@@ -17,6 +17,7 @@ from dager_tutorial.client.step import client_update
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.server.inspection import prospects
 from dager_tutorial.server.outcome import Ends, expected_rows
 from dager_tutorial.server.reading import span_of
 from dager_tutorial.server.subspace import Span
@@ -26,7 +27,6 @@ from dager_tutorial.server.verdict import (
     of_leverage,
     of_prefixes,
     of_texts,
-    prospects,
     unreadable,
 )
 from dager_tutorial.status import Status

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,16 +21,15 @@ from dager_tutorial.cli.options import (
     TimeBudget,
     flattened,
 )
-from dager_tutorial.cli.progress import progress
+from dager_tutorial.cli.tables import Rows as Read
 from dager_tutorial.errors import DagerError
 
 if TYPE_CHECKING:
     from dager_tutorial.evaluation.defending import Cell
+    from dager_tutorial.models.language_model import LanguageModel
 
 UNDEFENDED, CLIENT = DefenseOptions(), ClientOptions()
-Rows = Annotated[
-    Path, Option("--rows", callback=output.writable, help="JSON lines: read first, then added to, one line a run.")
-]
+Rows = Annotated[Path, Option("--rows", help="Folder of the rows; what is there already is not done again.")]
 
 app = typer.Typer(help="Measure what defences stop and what they cost.", no_args_is_help=True)
 
@@ -47,22 +48,24 @@ def leakage(
     results: OutputOptions,
 ) -> None:
     """Attack updates behind a defence, or behind all usual ones: with fixed thresholds, and adaptively."""
-    batches = series.draw(seed)
-    from dager_tutorial.evaluation.defending import leakage_row, missing
-    from dager_tutorial.evaluation.store import append_row, read_rows
+    batches = {(each.data, len(each.texts), each.seed): each for each in series.draw(seed)}
+    from dager_tutorial.evaluation.defending import leakage_row
     from dager_tutorial.server.budget import AttackConfig
 
+    defended = {cell.name: cell for cell in _cells(defences)}
     shared = {"measure": "leakage", **_model(model), **vars(client), "time_budget": time_budget}
-    todo = list(missing(batches, _cells(defences), read_rows(rows), shared))
-    limits, loaded, made = AttackConfig(time_budget=time_budget), model.load(), []
-    with progress() as advance:
-        for batch, cell, parameters in todo:
-            config = client.config(batch.seed)
-            row = leakage_row(loaded, batch, cell, config=config, limits=limits, progress=advance)
-            append_row(rows, parameters | row)
-            made.append(parameters | row)
-            typer.echo(_leak_line(parameters | row))
-    results.finish({"rows": str(rows), "made": made}, f"{len(made)} rows made, the others were there")
+    wanted = [
+        shared | {"data": data, "batch_size": size, "seed": each, "defence": name}
+        for name in defended
+        for data, size, each in batches
+    ]
+    limits = AttackConfig(time_budget=time_budget)
+
+    def measure(loaded: LanguageModel, row: Mapping[str, Any]) -> dict[str, Any]:
+        batch, cell = batches[row["data"], row["batch_size"], row["seed"]], defended[row["defence"]]
+        return leakage_row(loaded, batch, cell, config=client.config(batch.seed), limits=limits)
+
+    results.finish(_measured(model, rows, wanted, measure, _leak_line))
 
 
 @app.command()
@@ -84,32 +87,26 @@ def utility(
     if (defences.sample_rate, defences.steps) != (1.0, 1):
         raise DagerError("--sample-rate and --steps are those of the training here: leave them out")
     from dager_tutorial.data import load_texts
-    from dager_tutorial.evaluation.store import append_row, is_there, read_rows
+
+    examples = load_texts(data)
     from dager_tutorial.evaluation.utility import Training, utility_row
 
-    how, examples = Training(updates, learning_rate=learning_rate, tests=tests), load_texts(data)
+    how = Training(updates, learning_rate=learning_rate, tests=tests)
+    defended = {cell.name: cell for cell in _cells(defences)}
     shared = {"measure": "utility", **_model(model), "data": Path(data).stem, **vars(how)}
-    wanted = [
-        (cell, shared | {"seed": each, "defence": cell.name})
-        for cell in _cells(defences)
-        for each in range(seed, seed + runs)
-    ]
-    there = read_rows(rows)
-    todo = [(cell, parameters) for cell, parameters in wanted if not is_there(there, parameters)]
-    loaded, made = model.load(), []
-    for cell, parameters in todo:
-        row = parameters | utility_row(loaded, examples, cell, parameters["seed"], how)
-        append_row(rows, row)
-        made.append(row)
-        typer.echo(f"seed={row['seed']}  right={row['right']}/{row['tests']}  {row['seconds']:.0f} s  {cell.name}")
-    results.finish({"rows": str(rows), "made": made}, f"{len(made)} rows made, the others were there")
+    wanted = [shared | {"seed": each, "defence": name} for name in defended for each in range(seed, seed + runs)]
+
+    def measure(loaded: LanguageModel, row: Mapping[str, Any]) -> dict[str, Any]:
+        return utility_row(loaded, examples, defended[row["defence"]], row["seed"], how)
+
+    results.finish(_measured(model, rows, wanted, measure, _learn_line))
 
 
 @app.command()
 @flattened
 def table(
     *,
-    rows: Annotated[list[Path], Option("--rows", exists=True, dir_okay=False, help="JSON lines; repeat it.")],
+    rows: Read,
     markdown: Annotated[
         Path | None, Option("--markdown", callback=output.writable, help="Write the table as Markdown.")
     ] = None,
@@ -117,13 +114,40 @@ def table(
 ) -> None:
     """Put rows together: what comes back behind every defence, beside what is learned with it."""
     from dager_tutorial.evaluation.defence_table import markdown_table
-    from dager_tutorial.evaluation.store import read_rows
+    from dager_tutorial.evaluation.sweep.store import read_rows
 
     found = [row for path in rows for row in read_rows(path)]
     written = markdown_table(found)
     if markdown is not None:
         output.write_text(markdown, written)
-    results.finish({"rows": found}, written)
+    results.finish({"rows": found})
+    typer.echo(written)
+
+
+def _measured(
+    model: ModelOptions,
+    folder: Path,
+    wanted: list[dict[str, Any]],
+    measure: Callable[[LanguageModel, Mapping[str, Any]], dict[str, Any]],
+    line: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """Measure what has no row yet, and say each row as it comes."""
+    from dager_tutorial.evaluation.sweep.run import missing, run_sweep
+    from dager_tutorial.evaluation.sweep.store import Store
+
+    made: list[dict[str, Any]] = []
+    with Store(folder) as store:
+        todo = missing(wanted, store, retry=True)
+        for row in run_sweep(todo, partial(measure, model.load()), store) if todo else ():
+            made.append(row)
+            typer.echo(f"{row['defence']}: {row['error']}" if row["error"] else line(row))
+    typer.echo(f"{len(made)} rows made, {len(wanted) - len(made)} were there")
+    return {"rows": str(folder), "made": made}
+
+
+def _learn_line(row: dict[str, Any]) -> str:
+    """A row of a task in one line."""
+    return f"seed={row['seed']}  right={row['right']}/{row['tests']}  {row['seconds']:.0f} s  {row['defence']}"
 
 
 def _model(model: ModelOptions) -> dict[str, Any]:

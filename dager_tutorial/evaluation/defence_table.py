@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from dager_tutorial.evaluation.tables.statistics import printed
+
 Row = Mapping[str, Any]
 Z = 1.959964  # of a standard normal: 95 % lie within
 
@@ -34,8 +36,10 @@ def markdown_table(rows: Sequence[Row]) -> str:
         rows: Of `defending.leakage_row` and `utility.utility_row`, with the parameters that name them.
 
     Returns:
-        Markdown. Shares are means over the seeds of a cell; accuracies are over all runs' tests together.
+        Markdown. Shares are means over the seeds of a cell, in per cent, with their intervals; accuracies are over all
+        runs' tests together.
     """
+    rows = [row for row in rows if not row.get("error")]
     leaks = _cells((row for row in rows if row["measure"] == "leakage"), ("model", "blocks", "batch_size", "defence"))
     learned = _cells((row for row in rows if row["measure"] == "utility"), ("model", "blocks", "defence"))
     models = sorted({(model, blocks) for model, blocks, _ in learned}, key=str)
@@ -51,7 +55,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def _share(name: str) -> Callable[[Sequence[Row]], str]:
-    return lambda cell: f"{100 * mean(row[name] for row in cell):.0f} %"
+    return lambda cell: printed([100 * row[name] for row in cell])
 
 
 def _number(name: str, form: str) -> Callable[[Sequence[Row]], str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dager_tutorial.client.config import ClientConfig
@@ -19,23 +18,18 @@ from dager_tutorial.client.step import head_of
 from dager_tutorial.errors import DagerError, UpdateError
 from dager_tutorial.evaluation.accuracy import Batch
 from dager_tutorial.evaluation.changes import selections
+from dager_tutorial.evaluation.ladder import UNREADABLE
 from dager_tutorial.evaluation.leakage import Leakage, leakage
-from dager_tutorial.evaluation.store import is_there
+from dager_tutorial.evaluation.sweep.attacker import Attacker, Received
+from dager_tutorial.evaluation.sweep.attackers import ATTACKERS
 from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.reconstruction import Reconstruction
-from dager_tutorial.server.attack import attack
-from dager_tutorial.server.budget import AttackConfig, Progress
-from dager_tutorial.status import Status
-from dager_tutorial.textbook.choices import EncoderSearchOptions
-from dager_tutorial.textbook.decoder import textbook_attack
-from dager_tutorial.textbook.encoder import textbook_encoder_attack
-from dager_tutorial.update import Update
+from dager_tutorial.server.budget import AttackConfig
 
 NOTHING = "nothing"
 UNPROTECTED = Protection()
-UNREADABLE = "unreadable"
-"""The status where no update is left, or none that an attacker takes."""
+PAPER_CUTOFF, TEXTS_OF_A_LENGTH = 20, 20_000
+"""The textbook's: the paper's cut-off of the rank, and the most texts of one length that are tested of an encoder."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,6 @@ def leakage_row(
     *,
     config: ClientConfig | None = None,
     limits: AttackConfig | None = None,
-    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """What a defended update gives away to either attacker, and what it costs to send.
 
@@ -96,90 +89,33 @@ def leakage_row(
         cell: The defence.
         config: What the client does in a step. The batch's seed is that of what the defences draw.
         limits: What an attack may cost.
-        progress: Called with a stage, what is done and the total or None.
 
     Returns:
-        JSON types by name; `fixed_...` is the attacker of the paper's thresholds, `adaptive_...` the project's own, who
-        is told the probability of dropout where it takes it. Seconds and bytes are those of one update.
+        JSON types by name; `fixed_...` is the attacker of the paper's thresholds, `adaptive_...` the project's own.
+        Seconds and bytes are those of one update.
 
     Raises:
         DagerError: The batch or the defence cannot be used.
     """
-    config = replace(config or ClientConfig(), seed=batch.seed)
+    config, limits = replace(config or ClientConfig(), seed=batch.seed), limits or AttackConfig()
     start = time.perf_counter()
     sent = _sent(model, batch, cell, config)
     row = {"tokens": sent.truth.n_tokens, "client_seconds": time.perf_counter() - start} | sent.to_json()
-    limits = told(limits or AttackConfig(), cell.protection)
-    head = head_of(config, sent.truth.labels)
-    found = _attempt(lambda: attack(model, sent.update, head=head, config=limits, progress=progress))
-    fixed = _attempt(lambda: fixed_attack(model, sent.update, limits.time_budget, progress))
-    for name, result in (("adaptive", found), ("fixed", fixed)):
-        row |= _gone(result, sent).to_json(f"{name}_")
+    options: dict[str, Any] = {"rank_cutoff": PAPER_CUTOFF}
+    if not adapter_for(model.network).causal:
+        options |= {"cap": TEXTS_OF_A_LENGTH, "time_budget": limits.time_budget}
+    received = Received(model, sent.update, head_of(config, sent.truth.labels), sent.truth)
+    for name, attacker, given in (("adaptive", "dager", limits), ("fixed", "textbook", options)):
+        row |= _gone(received, ATTACKERS[attacker], given).to_json(f"{name}_")
     return row
 
 
-def told(limits: AttackConfig, protection: Protection) -> AttackConfig:
-    """What an attacker is told of a defence: the strength that the server itself asks for.
-
-    Args:
-        limits: What an attack may cost.
-        protection: What the client does.
-    """
-    known = {field.name for field in fields(limits)}
-    strength: dict[str, Any] = {"dropout": protection.dropout}
-    return replace(limits, **{name: value for name, value in strength.items() if name in known})
-
-
-def fixed_attack(
-    model: LanguageModel, update: Update, seconds: float | None = None, progress: Progress | None = None
-) -> Reconstruction | None:
-    """The paper's attack with its fixed thresholds, as the textbook writes it.
-
-    Args:
-        model: The model both sides know.
-        update: What the client sent.
-        seconds: Time after which the search is given up; None for no limit.
-        progress: See `leakage_row`.
-
-    Returns:
-        None where its time ran out.
-    """
-    if not adapter_for(model.network).causal:
-        options = EncoderSearchOptions(cap=20_000, time_budget=seconds)
-        return textbook_encoder_attack(model, update, options=options, progress=progress)
-    start = time.perf_counter()
-
-    def watch(stage: str, done: int, total: int | None) -> None:
-        if seconds is not None and time.perf_counter() - start > seconds:
-            raise TimeoutError
-        if progress is not None:
-            progress(stage, done, total)
-
+def _gone(received: Received, attacker: Attacker, options: Any) -> Leakage:
+    """What an attacker knows; nothing where it takes no such update."""
     try:
-        return textbook_attack(model, update, progress=watch)
-    except TimeoutError:
-        return None
-
-
-def missing(
-    batches: Sequence[Batch], cells: Sequence[Cell], rows: Sequence[dict[str, Any]], shared: dict[str, Any]
-) -> Iterator[tuple[Batch, Cell, dict[str, Any]]]:
-    """What is not measured yet.
-
-    Args:
-        batches: The texts.
-        cells: The defences.
-        rows: What was measured before.
-        shared: Parameters that all runs share.
-
-    Yields:
-        Batch, cell, and all parameters that name their row.
-    """
-    for cell in cells:
-        for batch in batches:
-            own = {"data": batch.data, "batch_size": len(batch.texts), "seed": batch.seed, "defence": cell.name}
-            if not is_there(rows, shared | own):
-                yield batch, cell, shared | own
+        return leakage(attacker.run(received, options).reconstruction, received.truth)
+    except UpdateError:
+        return Leakage(UNREADABLE, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0)
 
 
 def _sent(model: LanguageModel, batch: Batch, cell: Cell, config: ClientConfig) -> Defended:
@@ -192,17 +128,3 @@ def _sent(model: LanguageModel, batch: Batch, cell: Cell, config: ClientConfig) 
         raise DagerError(f"nothing of {model.name} can be sent {cell.sends!r}: choose one of {', '.join(choices)}")
     update, left = protected(sent.update, [choices[cell.sends]])
     return replace(sent, update=update, left=replace(left, norm=sent.left.norm))
-
-
-def _attempt(run: Callable[[], Reconstruction | None]) -> Reconstruction | str | None:
-    """What an attack found; the status to report where it takes no such update."""
-    try:
-        return run()
-    except UpdateError:
-        return UNREADABLE
-
-
-def _gone(found: Reconstruction | str | None, sent: Defended) -> Leakage:
-    if isinstance(found, Reconstruction):
-        return leakage(found, sent.truth)
-    return Leakage(found or Status.OUT_OF_TIME.value, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0)

@@ -63,6 +63,10 @@ class FirstInput:
         embedding = self.tokens[tokens]
         if self.positions is not None and positions is not None:
             embedding = embedding + self.positions[positions]
+        return self.normed(embedding)
+
+    def normed(self, embedding: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+        """The norm of sums of a token's and a position's part: what enters block 0's attention."""
         spread = self.spread(embedding)
         vectors = spread / (spread.square().mean(-1, keepdim=True) + self.epsilon).sqrt() * self.gain
         return vectors if self.bias is None else vectors + self.bias

@@ -18,11 +18,14 @@ from dager_tutorial.server.budget import AttackConfig, Budget, Progress
 from dager_tutorial.server.completion.run import completed
 from dager_tutorial.server.decoder.run import recover_prefixes
 from dager_tutorial.server.drift import unmoved
+from dager_tutorial.server.dropout.rows import dropout_rate
+from dager_tutorial.server.dropout.run import recover_masked
 from dager_tutorial.server.encoder.run import recover_texts
 from dager_tutorial.server.evidence import Evidence, evidence_of
 from dager_tutorial.server.inspection import signs
+from dager_tutorial.server.noisy.run import through_noise
 from dager_tutorial.server.outcome import Outcome
-from dager_tutorial.server.verdict import of_adapter, of_difference, of_prompt, unreadable
+from dager_tutorial.server.verdict import of_adapter, of_difference, of_filled, of_prompt, unreadable
 from dager_tutorial.stopwatch import Stopwatch, peak_memory_mb
 from dager_tutorial.update import Update
 
@@ -61,17 +64,21 @@ def attack(
     watch = Stopwatch()
     budget = Budget.of(config, watch.begin, progress)
     evidence = evidence_of(model, update, watch)
-    # Neither a step of an adapter nor a weight difference is simulated.
-    complete = config.complete and update.kind == "gradient" and not evidence.maps
+    dropout = dropout_rate(evidence)
+    # Neither a step of an adapter nor a weight difference is simulated, nor masks that are not all known.
+    complete = config.complete and update.kind == "gradient" and not evidence.maps and dropout is None
     prompt = beginning(model.tokenizer, config.prompt) if config.prompt else ()
     search = partial(_searched, budget=budget, without=config.without, hand_over=complete, prompt=prompt)
-    outcome = search(evidence)
+    outcome = search(evidence) if dropout is None else recover_masked(evidence, dropout)
     if complete:
         outcome = completed(model, update, head, evidence, search, outcome, budget)
+        outcome = through_noise(model, update, head, evidence, outcome, budget)
     if evidence.maps:
         outcome = of_adapter(evidence, outcome)
     if update.kind == "delta":
         outcome = of_difference(outcome, unmoved(evidence.gradients, evidence.used), signs(evidence))
+    if evidence.pruned:
+        outcome = of_filled(outcome)
     return _reconstruction(model, evidence, of_prompt(outcome, prompt))
 
 

@@ -57,7 +57,51 @@ class Constants:
     probe_blocks: int = _constant(2, "blocks measured; deeper ones grow with the root of the depth", "measured")
     null_texts: int = _constant(16, "random texts whose rows say what log-leverages false rows have", "statistics")
     null_length: int = _constant(16, "tokens of each of them", "statistics")
+    # Missing entries (chapter `11_limits`)
+    fewest_absent: float = _constant(
+        0.02, "share of zeros inside the maps' gradients above which they were taken out", "numerics: below 1e-5 else"
+    )
+    held_out: float = _constant(0.02, "share of the entries that test what was filled in", "statistics")
+    filling_seed: int = _constant(1_618_033_988, "seed of that choice, which nobody else takes", "chosen")
+    filled: float = _constant(1e-6, "share of the entries that a filled gradient may leave", "numerics: float32 sums")
+    filling_error: float = _constant(1e-3, "share of held-out entries that it may miss them by", "chosen")
+    entries_a_number: float = _constant(
+        1.2, "entries for each number of a low-rank matrix below which it is not filled", "measured: 1.1 fails"
+    )
+    entries_a_direction: float = _constant(2.0, "entries of a row for each of its coefficients", "measured: 1.3 fails")
+    filling_pays: float = _constant(0.95, "share to which a round must lower the rest, or the rank grows", "cost")
+    filling_gap: float = _constant(3.0, "ratio of neighbouring directions at which a rank may end", "measured")
+    polishing_pays: float = _constant(0.99, "the same where the rank may be the right one", "cost")
+    filling_rounds: int = _constant(300, "rounds at one rank", "cost")
+    filling_ridge: float = _constant(1e-13, "what keeps each row's equations solvable, relative", "numerics")
+    most_bits: int = _constant(10, "bits that a level of a grid has at most", "chosen")
+    grid_precision: float = _constant(1e-3, "what stands for machine epsilon where a grid rounds", "measured")
+    off_grid: float = _constant(1e-2, "how far from its level a number may lie, in steps", "numerics: float32")
+    rounding_deviations: float = _constant(
+        6.0, "deviations by which rounding at random may differ from its expected sum of squares", "statistics"
+    )
+    # Dropout (chapter `11_limits`)
+    masked_outside: float = _constant(
+        3.0, "what a masked sum may leave outside the span, in units of the rate", "measured: 0.7 to 1.2"
+    )
+    absolute_rounds: int = _constant(40, "rounds of reweighting for least absolute deviations", "numerics")
+    found_before: float = _constant(3.0, "cost of coordinates at which masks of the same sum were found", "chosen")
+    dropped_outside: float = _constant(
+        1e-8, "squared share outside the span that rounding leaves of a masked attention output", "measured"
+    )
+    telling_weight: float = _constant(3e-3, "attention weight below which a mask does not show", "numerics")
+    same_weight: float = _constant(0.02, "how far from one a weight that was kept may be", "numerics")
+    kept_weights: float = _constant(
+        0.5, "share of the weights that a mask must leave as they are", "measured: true .7 to 1, false below .45"
+    )
+    masked_rounding: float = _constant(
+        1e-6, "share of a usual entry of the embedding gradient below which a mask made it zero", "numerics"
+    )
     # Token filter (chapter `05_token_filter`)
+    random_pairs: int = _constant(512, "random tokens at random places that tell what block 0's span is worth", "cost")
+    random_held: float = _constant(
+        0.5, "share of them that pass, of a weight difference, above which it tells no token", "measured: .92 or < .05"
+    )
     filter_directions: int = _constant(64, "random directions of the complement that screen all pairs", "cost")
     filter_positions: int = _constant(32, "positions that are screened in one product", "cost")
     filter_pairs: int = _constant(8192, "pairs that are tested exactly at once", "cost")
@@ -146,6 +190,15 @@ class Constants:
     most_conjugate: int = _constant(200, "most steps of conjugate gradients for an unknown head", "cost")
     tellers: int = _constant(4, "texts, or copies of one, with which the search for an unknown head begins", "chosen")
     newton_steps: int = _constant(12, "steps of Newton's method for scale and offset of an unknown head", "numerics")
+    # Gaussian noise
+    uneven_noise: float = _constant(
+        1.1, "factor by which silent rows may scatter unlike white noise of one deviation", "statistics"
+    )
+    slope_ridge: float = _constant(0.01, "ridge of the regression of rows on slopes, share of a mean square", "measured")
+    outstanding: float = _constant(8.0, "deviations of the matched filter below which a text is none", "statistics")
+    apart: float = _constant(6.0, "deviations by which a text fits better than its neighbours", "chosen")
+    neighbours: int = _constant(8, "places of a text at which its likeliest other token is tried", "cost")
+    starts: int = _constant(16, "beginnings of texts that are weighed again after each text that was found", "cost")
     # Unmixing and incidence (chapters `07_unmixing` and `08_encoder_recovery`)
     ridge: float = _constant(
         1e-3, "ridge of the regression of positions on tokens, share of a token's square", "numerics"

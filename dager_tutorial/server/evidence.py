@@ -23,6 +23,9 @@ from dager_tutorial.models.tap import MLP, QKV, QUERY, Tap, precise
 from dager_tutorial.server.adapter_reading import adapter_gradients, adapter_names, low_rank_span, stacked_downs
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.drift import halfway, undecayed
+from dager_tutorial.server.missing.entries import is_pruned
+from dager_tutorial.server.missing.filling import Filled, filled, filled_span
+from dager_tutorial.server.missing.quantised import bits_of, grid_span, in_steps
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
 from dager_tutorial.server.reading import span_of
 from dager_tutorial.server.rounding import probe, rounding_errors
@@ -47,6 +50,8 @@ class Evidence:
         drifts: How far the client's steps moved the inputs of taps, relative; empty for a gradient.
         tokenizer: The model's, which knows tokens that no text can have; None where it is not known.
         is_remainder: Whether known texts were taken off the gradients.
+        pruned: Whether a client sent some of the entries only, and zeros for the others.
+        bits: With how many bits it sent an entry, where it rounded them to a grid.
     """
 
     adapter: Adapter
@@ -59,8 +64,11 @@ class Evidence:
     drifts: Mapping[Tap, float] = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
     is_remainder: bool = False
+    pruned: bool = False
+    bits: int | None = None
     _errors: dict[Tap, float] = field(default_factory=dict)
     _usual: dict[Tap, Usual] = field(default_factory=dict)
+    _filled: dict[Tap, Filled | None] = field(default_factory=dict)
 
     def span(self, tap: Tap) -> Span | None:
         """The span of a tap, or None where nothing of it was shared or its gradient is zero."""
@@ -79,7 +87,20 @@ class Evidence:
         read = partial(span_of, precision=epsilon, arithmetic=arithmetic, device=device, guess=guess)
         if gradient is None:
             return low_rank_span(tap, self.gradients, self.maps, read)
+        if self.pruned:
+            return filled_span(self.filled(tap), gradient.shape[1], read)
+        if self.bits is not None:
+            levels = {name: in_steps(self.gradients[name], self.bits) for name in self.shared(tap)}
+            stacked = tap.gradient(levels)
+            return None if stacked is None else grid_span(stacked, arithmetic=arithmetic, device=device)
         return read(gradient, shared=self._bias(tap))
+
+    def filled(self, tap: Tap) -> Filled | None:
+        """The gradient of a tap, as far as what was sent of it tells the rest; None where too little was."""
+        if tap not in self._filled:
+            gradient = tap.gradient(self.gradients)
+            self._filled[tap] = None if gradient is None else filled(gradient, self._guess(tap))
+        return self._filled[tap]
 
     def of_downs(self, tap: Tap) -> Float[Tensor, "outputs inputs"] | None:
         """The gradients (float64) of an adapter's A at a tap, stacked; None where nothing of them was shared."""
@@ -182,6 +203,8 @@ class Evidence:
             drifts=self.drifts,
             tokenizer=self.tokenizer,
             is_remainder=True,
+            pruned=self.pruned,
+            bits=self.bits,
             _errors=self._errors,
         )
 
@@ -227,7 +250,18 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
         kinds.append(_narrowest(torch.cat([precise(each).flatten() for each in first])))
     coarsest = max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
     maps = model.adapter if adapted else {}
-    evidence = Evidence(adapter, gradients, coarsest, watch or Stopwatch(), maps, tokenizer=model.tokenizer)
+    whole = update.kind == "gradient" and not maps
+    bits = bits_of(adapter, gradients) if whole else None
+    evidence = Evidence(
+        adapter,
+        gradients,
+        coarsest,
+        watch or Stopwatch(),
+        maps,
+        tokenizer=model.tokenizer,
+        pruned=whole and bits is None and is_pruned(adapter, gradients),
+        bits=bits,
+    )
     if update.kind != "delta" or adapted or _of_one_step(evidence):
         return evidence
     between, drifts = halfway(adapter, gradients)

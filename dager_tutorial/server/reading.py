@@ -92,7 +92,7 @@ def _visible(span: Span, shared: Tensor) -> bool:
 def _evened(gradient: Tensor, precision: float, otherwise: Tensor) -> Tensor:
     """The gradient with its outputs scaled by the noise that each leaves outside a first estimate of the span."""
     signal = signal_of(gradient, precision).directions
-    if signal.shape[1] == gradient.shape[1]:
-        return otherwise
     noise = (gradient - (gradient @ signal) @ signal.T).norm(dim=1)
+    if signal.shape[1] == gradient.shape[1] or not noise.any():  # few entries moved: nothing is left outside
+        return otherwise
     return gradient / noise.clamp(min=1e-6 * noise.max().item())[:, None]

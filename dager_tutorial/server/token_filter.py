@@ -215,6 +215,23 @@ def _confirmed(test: _Filter, tokens: Tensor, position: int | None) -> Tensor:
     return torch.cat(kept)[torch.cat(ratios).argsort(stable=True)]
 
 
+def tells_tokens(source: FirstInput, span: Span) -> bool:
+    """Whether block 0's span tells tokens from one another: a random token at a random place mostly fails its test.
+
+    It need not in the difference of two weights, where steps below the last place of a weight leave mere rounding.
+
+    Args:
+        source: How block 0's input comes about.
+        span: The span of block 0's query, key and value gradient.
+    """
+    draw, pairs = torch.Generator().manual_seed(0), constants().random_pairs
+    tokens, places = torch.randint(len(source.tokens), (pairs,), generator=draw), None
+    if source.positions is not None:
+        places = torch.randint(len(source.positions), (pairs,), generator=draw).to(source.positions.device)
+    held = span.holds(source.vectors(tokens.to(source.tokens.device), places))
+    return span.saturated or float(held.float().mean()) <= constants().random_held
+
+
 def filter_by_leverage(source: FirstInput, span: Span, budget: Budget) -> Candidates:
     """Candidates where even block 0 is full: the tokens whose leverage stands out from the vocabulary's.
 

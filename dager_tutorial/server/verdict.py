@@ -11,19 +11,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dager_tutorial.models.adapter import Adapter, DecoderAdapter
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, QKV
+from dager_tutorial.models.adapter import Adapter
+from dager_tutorial.models.tap import QKV
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import Ends, Outcome
-from dager_tutorial.status import Status
+from dager_tutorial.server.token_filter import tells_tokens
+from dager_tutorial.status import Certainty, Status
 
 Verdict = tuple[Status, str]
 
 
 def unreadable(evidence: Evidence) -> Outcome | None:
     """The outcome where block 0 says nothing, so that no search can begin; None where it does say something."""
-    status = evidence.nothing_in(evidence.adapter.tap(0, QKV))
+    tap = evidence.adapter.tap(0, QKV)
+    status, span = evidence.nothing_in(tap), evidence.span(tap)
+    if span is not None and evidence.drifts and not tells_tokens(evidence.adapter.first_input, span):
+        status = Status.NOISE
     if status is None:
         return None
     said = {
@@ -173,6 +177,32 @@ def of_prompt(outcome: Outcome, prompt: tuple[int, ...]) -> Outcome:
     return replace(outcome, diagnosis=f"{outcome.diagnosis}; {said} with the prompt")
 
 
+def too_few_entries() -> Outcome:
+    """The outcome where so few entries were sent that no gradient of block 0 can be filled in."""
+    reason = "so few entries were sent that no gradient of block 0 can be filled in; the embeddings' name the tokens"
+    return Outcome(Status.NOISE, reason)
+
+
+def of_filled(outcome: Outcome) -> Outcome:
+    """What a search of a gradient with missing entries came to: rows lie in a span that was filled in.
+
+    Only the simulation of what was found, compared entry by entry with what was sent, confirms texts.
+
+    Args:
+        outcome: What the search came to.
+    """
+    if outcome.status is Status.CERTIFIED:
+        return replace(outcome, diagnosis=f"{outcome.diagnosis}; compared were the entries that were sent")
+    texts = tuple(
+        replace(text, confirmation=replace(text.confirmation, certainty=Certainty.ROWS))
+        if text.confirmation.certainty is Certainty.WHOLE
+        else text
+        for text in outcome.texts
+    )
+    status = Status.PARTIAL if outcome.status.claims_all else outcome.status
+    return replace(outcome, status=status, texts=texts, diagnosis=f"entries are missing: {outcome.diagnosis}")
+
+
 def of_signs(named: int | None) -> str:
     """What is said of a weight difference whose entries all moved by the same amount.
 
@@ -236,38 +266,3 @@ def _unless_late(status: Status, reason: str, *, late: bool) -> Verdict:
 
 def _of(rows: int, expected: int | None) -> str:
     return str(rows) if expected is None else f"{rows} of {expected}"
-
-
-def prospects(evidence: Evidence) -> str:
-    """What is to be expected of an attack, before any search: one sentence for people."""
-    nothing = unreadable(evidence)
-    if nothing is not None:
-        return nothing.diagnosis
-    adapter = evidence.adapter
-    first = evidence.present(adapter.tap(0, QKV)).popitem()[1]
-    if first.saturated:
-        return "block 0 is saturated: even single tokens hide in the full rank"
-    later = [tap for tap in adapter.taps() if (tap.block, tap.kind) != (0, QKV)]
-    deeper = [span for span in evidence.present(*later).values() if span.rank]
-    full = any(span.saturated for span in deeper)
-    if isinstance(adapter, DecoderAdapter):
-        return _of_a_decoder(first.rank, bool(deeper), full)
-    return _of_an_encoder(first.rank, evidence.span(adapter.tap(0, ATTENTION_OUTPUT)) is not None, full)
-
-
-def _of_a_decoder(inputs: int, deeper: bool, full: bool) -> str:
-    """What is to be expected where block 0 tells the tokens of a causal model."""
-    if full:
-        return "tokens can be told from block 0, prefixes only by leverage: they are about as many as the model is wide"
-    if not deeper:
-        return "tokens can be told from block 0; without further taps their order cannot"
-    return f"exposed: {inputs} independent inputs in block 0 and room in the span to test every prefix"
-
-
-def _of_an_encoder(inputs: int, attended: bool, full: bool) -> str:
-    """What is to be expected where block 0 tells the tokens of a bidirectional model."""
-    if not attended:
-        return "tokens can be told from block 0; without its attention output gradient whole texts cannot"
-    if full:
-        return "tokens can be told from block 0, whole texts cannot: they have about as many as the model is wide"
-    return f"exposed: {inputs} independent inputs in block 0 and room in the span to test whole texts"

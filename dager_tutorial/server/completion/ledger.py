@@ -12,6 +12,7 @@ from dager_tutorial.server.completion.counting import Counts, count
 from dager_tutorial.server.completion.reduction import Reduction, reduction_of, shares, shares_of_all
 from dager_tutorial.server.completion.remainder import Remainder, remainder_of
 from dager_tutorial.server.completion.simulation import Factors, Ids, Simulator, of_logits
+from dager_tutorial.server.constants import constants
 from dager_tutorial.server.evidence import Evidence
 
 
@@ -28,9 +29,12 @@ class Ledger:
         self.simulator = simulator
         self.received = received
         self.tap = _read_tap(evidence)
-        self.eps = torch.finfo(evidence.precision).eps
-        gradient = self.tap.gradient(evidence.gradients)
-        self.gradient = torch.zeros(0, 0, dtype=torch.float64) if gradient is None else gradient.cpu()
+        self.eps = constants().grid_precision if evidence.bits else torch.finfo(evidence.precision).eps
+        self.part = evidence.filled(self.tap) if evidence.pruned else None
+        gradient = self.tap.gradient(evidence.gradients) if self.part is None else self.part.values
+        if gradient is None or (evidence.pruned and self.part is None):
+            gradient = torch.zeros(0, 0, dtype=torch.float64)
+        self.gradient = gradient.cpu()
         self.reduction = reduction_of(self.gradient, self.eps) if self.gradient.numel() else None
         self.texts: tuple[Ids, ...] = ()
         self.counts: Counts | None = None
@@ -95,6 +99,9 @@ class Ledger:
         """Compute the factors of texts that were not asked for before."""
         if texts:
             found = self.simulator.factors(texts, self.tap)
+            if self.part is not None:
+                inputs, outputs = self.part.inputs.cpu(), self.part.outputs.cpu()
+                found = Factors(found.inputs[:, inputs], found.slopes[..., outputs], found.chances)
             parts = zip(found.inputs.split(1), found.slopes.split(1), found.chances.split(1), strict=True)
             self._factors |= zip(texts, (Factors(*part) for part in parts), strict=True)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dager_tutorial.server.completion.simulation import Ids, Objective, Simulator
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.missing.entries import on_kept
+from dager_tutorial.server.missing.quantised import beyond_rounding
 
 
 def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -60,7 +62,10 @@ def remainder_of(
     shared = {name: received[name] for name in simulator.shared}
     rest = widened(shared)
     simulator.subtract(rest, texts, objective)
-    return Remainder(rest, norm(rest) / norm(shared))
+    if simulator.pruned:  # what was not sent cannot be compared
+        rest = on_kept(rest, shared)
+    left = norm(rest) if simulator.bits is None else beyond_rounding(rest, shared, simulator.bits)
+    return Remainder(rest, left / norm(shared))
 
 
 def explains(unexplained: float, precision: torch.dtype) -> bool:

@@ -24,6 +24,8 @@ from dager_tutorial.models.heads import Head, choose_pad, with_head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import Tap, precise
 from dager_tutorial.models.training import filled_and_masked, in_dtype
+from dager_tutorial.server.missing.entries import is_pruned
+from dager_tutorial.server.missing.quantised import bits_of
 from dager_tutorial.server.passes import parts_of, take_off
 from dager_tutorial.update import Update
 
@@ -73,6 +75,9 @@ class Simulator:
         self.network: PreTrainedModel = with_head(backbone, model.tokenizer, self.head)
         self.adapter: Adapter = adapter_for(backbone)
         self.shared = dict(_shared(self.network, update))
+        backbone_gradients = update.for_backbone(model.network)
+        self.bits = bits_of(self.adapter, backbone_gradients)
+        self.pruned = self.bits is None and is_pruned(self.adapter, backbone_gradients)
 
     def _padded(self, texts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Token ids and mask of texts, padded on the right."""

@@ -152,7 +152,7 @@ class FirstBlock:
         self, front: Front, extension: Extension, places: Int[Tensor, " places"]
     ) -> Float[Tensor, "places candidates"]:
         """Squared screened residuals (float32) of the attention output of every candidate after some prefixes."""
-        shares = self._shares(front, extension, places)
+        shares = self.shares(front, extension, places)
         mixed = shares[..., :-1].flatten(2) @ front.seen[places].transpose(1, 2).flatten(1, 2)
         mixed += torch.einsum("ach,chn->acn", shares[..., -1], extension.seen)
         return mixed.square().sum(2)
@@ -161,7 +161,7 @@ class FirstBlock:
         self, front: Front, extension: Extension, places: Int[Tensor, " places"]
     ) -> Float[Tensor, "places candidates inputs"]:
         """Inputs of block 0's attention output map (float32) for every candidate after some prefixes."""
-        shares = self._shares(front, extension, places)
+        shares = self.shares(front, extension, places)
         mixed = mix(shares[..., :-1], front.values[places, None])
         own = mix(shares[..., -1:], extension.value[None, :, None])
         return mixed.add_(own)
@@ -201,7 +201,7 @@ class FirstBlock:
                 hidden = unseen(length, front.starts[place], adapter.window(0))
             yield part, attend(extension.query[choice], keys, values, adapter.scaling(0), hidden)
 
-    def _shares(self, front: Front, extension: Extension, places: Tensor) -> Tensor:
+    def shares(self, front: Front, extension: Extension, places: Tensor) -> Tensor:
         """Attention weights (places x candidates x heads x length + 1) of every pair, its own key last."""
         adapter = self.adapter
         before = scores(extension.query, front.keys[places, None], adapter.scaling(0))

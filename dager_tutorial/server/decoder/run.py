@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, QUERY, Tap
 from dager_tutorial.server.budget import Budget
-from dager_tutorial.server.candidates import candidates_of
+from dager_tutorial.server.candidates import candidates_of, named_alone
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.beams import BeamSearch
+from dager_tutorial.server.decoder.dropped import DroppedSelector
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
 from dager_tutorial.server.decoder.front import FirstBlock
 from dager_tutorial.server.decoder.narrow.run import text_that_explains
+from dager_tutorial.server.decoder.neighbours import Neighbours
 from dager_tutorial.server.decoder.ranking import Ranking
 from dager_tutorial.server.decoder.residual import ResidualSelector
 from dager_tutorial.server.decoder.search import TreeSearch
@@ -32,6 +34,7 @@ from dager_tutorial.server.verdict import (
     of_leverage,
     of_prefixes,
     of_ranking,
+    too_few_entries,
     unexplained,
     unreadable,
 )
@@ -82,14 +85,14 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     """
     adapter = evidence.adapter
     assert isinstance(adapter, DecoderAdapter)
-    nothing, first = unreadable(evidence), evidence.span(adapter.tap(0, QKV))
+    nothing, first = _of_first_block(evidence, adapter)
     full = first is not None and first.saturated
     if evidence.maps and first is not None and nothing is None:
         narrow = _of_narrow_adapter(evidence, adapter, first, budget)
         if narrow is not None:
             return narrow
     with evidence.watch.stage("filter"):
-        candidates = candidates_of(evidence, first, budget)
+        candidates = candidates_of(evidence, first if nothing is None else None, budget)
     if not candidates.count:
         return no_candidates(late=budget.late, saturated=full) if nothing is None else nothing
     spans = _cascade(evidence, adapter, budget)
@@ -97,12 +100,26 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
         return nothing
     if prompt and explained(evidence, [adapter.tap(0, QKV), *spans], prompt) == len(prompt):
         candidates = candidates.beginning(prompt)
-    saturated = full or any(span.saturated for span in spans.values())
-    last, expected = _last(evidence, adapter, budget), expected_rows(spans.values())
+    last = _last(evidence, adapter, budget)
     if budget.late:
         return Outcome(*no_beginning(adapter, late=True))
     if _without_gap(evidence, spans):
         return _by_rank(evidence, adapter, spans, candidates, last, budget)
+    return _by_spans(evidence, adapter, spans, candidates, last, budget, full=full)
+
+
+def _by_spans(
+    evidence: Evidence,
+    adapter: DecoderAdapter,
+    spans: Spans,
+    candidates: Candidates,
+    last: Spans,
+    budget: Budget,
+    *,
+    full: bool,
+) -> Outcome:
+    """The outcome of a search by residuals, or by the evidence of all taps where spans are full."""
+    saturated, expected = full or any(span.saturated for span in spans.values()), expected_rows(spans.values())
     with evidence.watch.stage("search"):
         if not saturated:
             tree = _by_residual(adapter, spans, candidates, budget)
@@ -110,14 +127,50 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
             saturated = tree.overflowed and all(2 * span.rank >= span.width for span in spans.values())
         if saturated:
             tree = likely_prefixes(evidence, adapter, candidates, last, budget)
+        elif (dropped := _under_dropout(evidence, adapter, candidates, tree, budget)) is not None:
+            tree, spans, last = dropped, evidence.present(adapter.tap(0, ATTENTION_OUTPUT)), {}
         complete = not saturated and tree.distinct_rows() == expected
-        texts = whole_texts(adapter, tree, last, complete=complete)
+        neighbours = _neighbours(evidence, adapter, last, candidates, budget)
+        texts = whole_texts(adapter, tree, last, complete=complete, neighbours=neighbours)
         found = _Found(tree, texts, {} if saturated else spans, last)
     if not saturated:
         return _proven(evidence, adapter, found, expected, late=budget.late)
     likely = _likeliest(found)
     confirmed = len(likely.texts.confirmed)
     return likely.outcome(*of_leverage(likely.ends, confirmed, late=budget.late))
+
+
+def ranked_prefixes(
+    evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, budget: Budget
+) -> list[tuple[int, ...]]:
+    """Texts that may be there, by how well their prefixes fit where no gap stands below the signal.
+
+    Args:
+        evidence: The update's gradients.
+        adapter: The architecture.
+        candidates: Tokens that may stand at each position.
+        budget: What it may cost.
+
+    Returns:
+        Token ids of the longest prefix of each, which may go beyond its end.
+    """
+    spans = evidence.present(*_cascade(evidence, adapter, budget), adapter.tap(0, MLP_OUTPUT))
+    spans = {tap: span for tap, span in spans.items() if span.rank}
+    if not spans:
+        return []
+    ranking = Ranking(spans, FirstBlock.screened(adapter, None, budget), candidates.distinct(), budget.generator())
+    tree = BeamSearch(candidates, ranking, budget).run()
+    return [tree.nodes[leaf].tokens for leaf in tree.leaves()]
+
+
+def _of_first_block(evidence: Evidence, adapter: DecoderAdapter) -> tuple[Outcome | None, Span | None]:
+    """The span of block 0's query, key and value gradient, and the outcome where nothing can be searched without it.
+
+    Where embeddings name the tokens of a pruned update, this large gradient need not be filled in.
+    """
+    if evidence.pruned and named_alone(evidence) is not None:
+        return too_few_entries(), None
+    return unreadable(evidence), evidence.span(adapter.tap(0, QKV))
 
 
 def _of_narrow_adapter(evidence: Evidence, adapter: DecoderAdapter, first: Span, budget: Budget) -> Outcome | None:
@@ -158,10 +211,25 @@ def _by_residual(adapter: DecoderAdapter, spans: Spans, candidates: Candidates, 
     return TreeSearch(candidates, selector, budget, expected).run()
 
 
+def _under_dropout(
+    evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, tree: Tree, budget: Budget
+) -> Tree | None:
+    """The prefixes that fit if the client drops attention weights; None where more fit if it does not.
+
+    Block 0's attention output alone tells: deeper taps have masks, too, that nobody knows.
+    """
+    span = evidence.span(adapter.tap(0, ATTENTION_OUTPUT))
+    if span is None or not span.clear or tree.overflowed or tree.distinct_rows() >= span.rank or evidence.pruned:
+        return None
+    selector = DroppedSelector(span, FirstBlock.screened(adapter, None, budget), adapter.max_positions - 1)
+    dropped = TreeSearch(candidates, selector, budget, span.rank).run()
+    return dropped if dropped.distinct_rows() > tree.distinct_rows() else None
+
+
 def _without_gap(evidence: Evidence, spans: Spans) -> bool:
-    """Whether the client's steps moved the inputs, and no gap stands below any signal, though not all are full."""
+    """Whether inputs moved, or a grid rounds gradients, and no gap stands below any signal, though not all are full."""
     return (
-        bool(evidence.drifts)
+        (bool(evidence.drifts) or evidence.bits is not None)
         and any(not span.saturated for span in spans.values())
         and not any(span.clear for span in spans.values())
     )
@@ -176,21 +244,39 @@ def _by_rank(
         ranking = Ranking(spans, FirstBlock.screened(adapter, None, budget), candidates.distinct(), budget.generator())
         tree = BeamSearch(candidates, ranking, budget).run()
         clear = {tap: span for tap, span in last.items() if span.clear}
-        likely = _likeliest(_Found(tree, whole_texts(adapter, tree, clear), {}, clear))
+        neighbours = _neighbours(evidence, adapter, clear, candidates, budget)
+        likely = _likeliest(_Found(tree, whole_texts(adapter, tree, clear, neighbours=neighbours), {}, clear))
     if not likely.texts.nodes:
         return likely.outcome(*no_beginning(adapter, late=budget.late))
     return likely.outcome(*of_ranking(likely.ends, len(likely.texts.confirmed), late=budget.late))
 
 
+def _neighbours(
+    evidence: Evidence, adapter: DecoderAdapter, last: Spans, candidates: Candidates, budget: Budget
+) -> Neighbours | None:
+    """What proves ends where the client's steps moved the inputs; None where they did not, or no gap tells any."""
+    clear = {tap: span for tap, span in last.items() if span.clear}
+    return Neighbours(adapter, clear, candidates, budget.generator()) if evidence.drifts and clear else None
+
+
 def _cascade(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spans:
-    """Spans of the taps that the search tests; the MLP's only where one of the others cannot decide alone."""
+    """Spans of the taps that the search tests; the MLP's only where one of the others cannot decide alone.
+
+    The taps of an adapter hold different numbers of directions: those that are full say nothing, and are left out where
+    others are not.
+    """
     deeper = [adapter.tap(1, QKV)] if adapter.num_blocks > 1 else []
     spans: Spans = {}
     for tap in (adapter.tap(0, ATTENTION_OUTPUT), *deeper, adapter.tap(0, MLP)):
-        decided = len(spans) > 1 and all(span.clear for span in spans.values())
-        if not budget.late and not (tap.kind == MLP and decided):  # a span of a wide model takes a minute
+        # Where entries are missing to fill a gradient costs more than to search with one tap less.
+        enough = 1 if evidence.pruned else 2
+        decided = len(spans) >= enough and all(span.clear for span in spans.values())
+        if not budget.late and not (
+            decided and (tap.kind == MLP or evidence.pruned)
+        ):  # a span of a wide model takes a minute
             spans |= evidence.present(tap)
-    return spans
+    roomy = {tap: span for tap, span in spans.items() if not span.saturated}
+    return roomy if evidence.maps and roomy else spans
 
 
 def _last(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spans:

@@ -1,0 +1,4 @@
+"""Clients that train with dropout: its masks are read off the gradient, too.
+
+Chapter `11_limits`.
+"""

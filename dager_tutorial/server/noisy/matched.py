@@ -1,0 +1,154 @@
+"""The matched filter: a text's own gradient, simulated, against the update that was received (chapter `11_limits`).
+
+For white noise no statistic tells more than `S = <g(text), R> / |g(text)|`: its noise has the deviation of one entry,
+however many entries there are. A linear map's gradient is a sum over rows, so that `<g, R>` and `|g|` of many texts come
+from what enters and leaves the maps, and no gradient of a weight is ever formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dager_tutorial.models.tap import precise
+from dager_tutorial.server.completion.simulation import Ids, Simulator
+
+
+class Scores(NamedTuple):
+    """What the matched filter says of some texts, each under its likeliest label.
+
+    Attributes:
+        values: float64, S.
+        labels: int64.
+        weights: float64, times its gradient a text best fits what was received: one over the size of the batch.
+    """
+
+    values: Float[Tensor, " texts"]
+    labels: Int[Tensor, " texts"]
+    weights: Float[Tensor, " texts"]
+
+
+class _Part(NamedTuple):
+    """A map or an embedding during a pass, and what was received of its weight."""
+
+    module: nn.Module
+    inputs: Tensor
+    output: Tensor
+    received: Tensor
+
+    def product(self, slopes: Tensor) -> Tensor:
+        """For each text the inner product of its gradient and what was received."""
+        if isinstance(self.module, nn.Embedding):
+            return (self.received[self.inputs] * slopes).flatten(1).sum(1)
+        return ((self.inputs @ self.received) * slopes).flatten(1).sum(1)
+
+    def square(self, slopes: Tensor) -> Tensor:
+        """For each text the square of its gradient: `sum_ij (x_i . x_j) (d_i . d_j)`."""
+        if slopes.dim() == 2:
+            return self.inputs.square().sum(1) * slopes.square().sum(1)
+        if isinstance(self.module, nn.Embedding):
+            alike = (self.inputs[:, :, None] == self.inputs[:, None]).to(slopes)
+        else:
+            alike = self.inputs @ self.inputs.transpose(1, 2)
+        return (alike * (slopes @ slopes.transpose(1, 2))).flatten(1).sum(1)
+
+
+class Matched:
+    """The filter of one update, over all maps and embeddings that were shared.
+
+    Args:
+        simulator: Repeats the client's step, of a classification.
+        received: Gradients by the update's names.
+    """
+
+    def __init__(self, simulator: Simulator, received: Mapping[str, Tensor]) -> None:
+        self.simulator = simulator
+        own = {id(parameter): received[name].float() for name, parameter in simulator.shared.items()}
+        self.received: dict[nn.Module, Tensor] = {}
+        for module in simulator.network.modules():
+            gradient = own.get(id(getattr(module, "weight", None)))
+            if gradient is not None and gradient.dim() == 2:
+                self.received[module] = gradient.T.contiguous() if isinstance(module, nn.Linear) else gradient
+
+    def scores(self, texts: Sequence[Ids]) -> Scores:
+        """S of texts.
+
+        Args:
+            texts: Token ids, at least one text.
+        """
+        found = torch.stack(self.simulator.by_parts(texts, self._scores_of))  # texts x classes x 2
+        best = found[:, :, 0].max(1)
+        return Scores(best.values, best.indices, found[torch.arange(len(texts)), best.indices, 1])
+
+    def _scores_of(self, texts: list[Ids]) -> Iterator[Tensor]:
+        """S and weight of a few texts under every label."""
+        with self._watched() as parts:
+            logits, _ = self.simulator.logits(texts)
+            if logits.shape[1] > 2:
+                columns = [_filtered(_loss(logits, label), parts) for label in range(logits.shape[1])]
+            else:  # the gradients of two classes have one direction
+                first, chances = _filtered(_loss(logits, 0), parts), logits.detach().softmax(1)
+                odds = torch.stack([torch.ones_like(chances[:, 0]), chances[:, 1] / chances[:, 0]], 1)
+                columns = [first, -first * odds]
+        return iter(torch.stack(columns, 1).double().cpu())
+
+    def slopes(self, text: Ids, label: int) -> Float[Tensor, "tokens width"]:
+        """The gradient of a text's loss in its embeddings.
+
+        Args:
+            text: Token ids.
+            label: Its class.
+
+        Returns:
+            float64.
+        """
+        with self._watched() as parts:
+            logits, _ = self.simulator.logits([text])
+            own = next(part.output for part in parts if part.module is self.words)
+            (slopes,) = torch.autograd.grad(_loss(logits, label), own)
+        return precise(slopes[0])
+
+    @property
+    def words(self) -> nn.Module:
+        """The embedding of tokens."""
+        return self.simulator.network.get_input_embeddings()
+
+    @contextmanager
+    def _watched(self) -> Iterator[list[_Part]]:
+        """Let graphs begin at the embeddings' outputs, and keep what enters and leaves all maps."""
+        parts: list[_Part] = []
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
+            if isinstance(module, nn.Embedding):
+                output = output.detach().requires_grad_(True)
+            parts.append(_Part(module, inputs[0], output, self.received.get(module, output[:0])))
+            return output
+
+        handles = [module.register_forward_hook(keep) for module in {*self.received, self.words}]
+        try:
+            with torch.enable_grad():
+                yield parts
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _loss(logits: Tensor, label: int) -> Tensor:
+    """A scalar with the gradient that a cross entropy has in the logits of texts of one label."""
+    slopes = logits.detach().softmax(-1)
+    slopes[:, label] -= 1
+    return (logits * slopes).sum()
+
+
+def _filtered(loss: Tensor, parts: list[_Part]) -> Float[Tensor, "texts 2"]:
+    """S and weight of the texts that a scalar sums over."""
+    slopes = torch.autograd.grad(loss, [part.output for part in parts], retain_graph=True)
+    shared = [(part, slope) for part, slope in zip(parts, slopes, strict=True) if part.received.numel()]
+    products = torch.stack([part.product(slope) for part, slope in shared]).sum(0)
+    squares = torch.stack([part.square(slope) for part, slope in shared]).sum(0).clamp(min=1e-30)
+    return torch.stack([products / squares.sqrt(), products / squares], 1).detach()
