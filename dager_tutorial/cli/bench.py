@@ -10,7 +10,7 @@ from rich.table import Table
 from typer import Option
 
 from dager_tutorial.cli import display, output
-from dager_tutorial.cli.baselines import PRIOR, EffortOptions, load_prior
+from dager_tutorial.cli.baselines import PRIOR, PRIOR_HELP, EffortOptions, load_prior
 from dager_tutorial.cli.options import (
     ClientOptions,
     ModelOptions,
@@ -209,7 +209,7 @@ def priors(
         list[str] | None, Option("--attack", help=f"{', '.join(PRIOR_ATTACKS)}; repeat it. All by default.")
     ] = None,
     effort: EffortOptions,
-    prior: Annotated[str, Option("--prior", help="Causal model that judges lamp's moves.")] = PRIOR,
+    prior: Annotated[str, Option("--prior", help=PRIOR_HELP)] = PRIOR,
     time_budget: TimeBudget = None,
     markdown: Annotated[
         Path | None, Option("--markdown", callback=output.writable, help="Write the table as Markdown.")
