@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,12 +24,14 @@ from dager_tutorial.baselines.prior import BigramPrior, LanguagePrior
 from dager_tutorial.baselines.run import Effort, attack_by
 from dager_tutorial.baselines.tag import tag
 from dager_tutorial.baselines.told import Told
+from dager_tutorial.cli.app import main
 from dager_tutorial.client.batch import Truth
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.step import play
 from dager_tutorial.errors import DagerError
+from dager_tutorial.evaluation.accuracy import Batch
 from dager_tutorial.evaluation.metrics import score
-from dager_tutorial.evaluation.priors import told_of
+from dager_tutorial.evaluation.priors import ATTACKS, PriorLimits, bench_priors, markdown_table, told_of
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.training import own_copy
@@ -233,3 +237,50 @@ def test_every_attack_by_its_name(tiny_gpt2: LanguageModel) -> None:
     for method in ("dlg", "tag", "lamp"):
         result = attack_by(method, tiny_gpt2, update, told_of(truth), prior=BigramPrior(OWN), effort=effort)
         assert result.steps == 2 and len(result.losses) == 2
+
+
+def test_all_attacks_meet_on_one_update(tiny_gpt2: LanguageModel) -> None:
+    limits = PriorLimits(Effort(steps=2, candidates=2, proposals=2), seconds=60.0)
+    batch = Batch("own", 3, ["we drink tea"])
+    runs = list(bench_priors(tiny_gpt2, [batch], limits=limits, prior=BigramPrior(OWN)))
+    assert tuple(run.attack for run in runs) == ATTACKS
+    assert {run.attack: run.steps for run in runs} == {"ours": None, "textbook": None, "dlg": 2, "tag": 2, "lamp": 2}
+    assert [run.exact for run in runs[:2]] == [1.0, 1.0] and runs[0].status == "certified"
+    assert "| own | 1 | 3 | 3 | tag | 2 |" in markdown_table(runs)
+
+
+def test_the_textbook_meets_an_encoder(tiny_bert: LanguageModel) -> None:
+    limits = PriorLimits(Effort(steps=1), seconds=60.0)
+    batches = [Batch("own", 0, ["we drink tea"])]
+    (run,) = bench_priors(tiny_bert, batches, limits=limits, prior=BigramPrior(OWN), attacks=["textbook"])
+    assert run.exact == 1.0
+
+
+def test_the_command_tells_what_it_tells_and_refuses_what_does_not_belong(
+    tiny_gpt2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dager_tutorial.zoo.names.load_model", lambda *_, **__: tiny_gpt2)
+    asked = [
+        "baseline",
+        "--model",
+        "tiny",
+        "--text",
+        "we drink tea",
+        "--steps",
+        "2",
+        "--json",
+        str(tmp_path / "run.json"),
+    ]
+    assert main([*asked, "--method", "dlg", "--no-tell-labels"]) == 0
+    record = json.loads((tmp_path / "run.json").read_text("utf-8"))
+    assert record["told_lengths"] == [3] and record["told_labels"] is None and record["steps"] == 2
+    assert record["smallest_loss"] <= record["first_loss"]
+    assert main([*asked, "--method", "lamp", "--candidates", "2", "--prior", "tiny"]) == 0
+    capsys.readouterr()
+    for wrong, said in (
+        (["--method", "tag", "--prior", "tiny"], "belong to lamp"),
+        (["--method", "lamp", "--no-tell-labels"], "belongs to dlg and tag"),
+    ):
+        assert main([*asked, *wrong]) == 2 and said in capsys.readouterr().err
+    series = ["bench", "priors", "--model", "tiny", "--data", "notes", "--batch-size", "1", "--attack", "tiger"]
+    assert main(series) == 2 and "choose one of ours, textbook" in capsys.readouterr().err

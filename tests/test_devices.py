@@ -12,6 +12,9 @@ from helpers import every, searched
 
 from dager_tutorial.client import step
 from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.client.defended import Protection, play_defended
+from dager_tutorial.client.defenses.pruning import Pruning
+from dager_tutorial.client.defenses.rounding import Rounding
 from dager_tutorial.client.step import client_update
 from dager_tutorial.models import tap
 from dager_tutorial.models.language_model import LanguageModel
@@ -53,6 +56,22 @@ def test_the_attack_runs_where_the_model_lies(model: LanguageModel, there: FarDe
     expected = searched(model, update)
     assert found.sequences == expected.sequences and len(ranks) > 3
     assert found.status == expected.status
+
+
+@every("tiny_gpt2", "tiny_llama")
+@pytest.mark.parametrize(
+    "protection",
+    [Protection(dropout=0.1), Protection(chain=(Pruning(20),)), Protection(chain=(Rounding("int8"),))],
+    ids=["dropout", "pruned", "int8"],
+)
+def test_the_attack_on_a_defended_update_runs_there_too(
+    model: LanguageModel, protection: Protection, there: FarDevice
+) -> None:
+    update = play_defended(model, TEXTS[:1], protection=protection).update
+    with there:
+        found = searched(there.move(model), update)
+    assert there.operations > 100
+    assert found.sequences == searched(model, update).sequences
 
 
 @MODELS

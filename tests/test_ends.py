@@ -16,7 +16,7 @@ from dager_tutorial.client.step import client_update
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, QUERY
-from dager_tutorial.server.decoder.ends import Texts, whole_texts
+from dager_tutorial.server.decoder.ends import Texts, likely_ends, whole_texts
 from dager_tutorial.server.decoder.neighbours import Neighbours
 from dager_tutorial.server.decoder.run import _Found
 from dager_tutorial.server.decoder.tree import Tree
@@ -177,3 +177,16 @@ def test_an_end_is_proven_where_no_neighbour_fits_and_not_where_the_text_goes_on
         neighbours = Neighbours(adapter, spans, Candidates((tokens,), every_position=True), torch.Generator())
         nodes = planted(tiny_gpt2, texts, cut=cut)
         assert sum(neighbours.apart(nodes.nodes[leaf]) for leaf in nodes.leaves()) == proven
+
+
+def test_without_proof_a_text_ends_where_its_last_row_fits_best(tiny_gpt2: LanguageModel) -> None:
+    texts = ["we want more milk", "a cat came home"]
+    evidence = evidence_of(tiny_gpt2, local_update(tiny_gpt2, texts, training=LocalTraining(2, 1, 1e-4)))
+    adapter = evidence.adapter
+    assert isinstance(adapter, DecoderAdapter)
+    attended = evidence.present(adapter.tap(adapter.num_blocks - 1, ATTENTION_OUTPUT))
+    tree = planted(tiny_gpt2, [f"{texts[0]} again dog", texts[1], "the dog is good"])
+    nodes, told = likely_ends(adapter, tree, attended)
+    assert not told and tokens_of(tree, nodes) == truth(tiny_gpt2, [*texts, "the dog is good"])
+    assert likely_ends(adapter, planted(tiny_gpt2, texts), attended)[1]
+    assert likely_ends(adapter, tree, {}) == (tuple(tree.leaves()), False)

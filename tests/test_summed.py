@@ -19,7 +19,7 @@ from dager_tutorial.server.attack import attack
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.front import FirstBlock
-from dager_tutorial.server.decoder.summed.passage import Cache, Passage, Rows
+from dager_tutorial.server.decoder.passage import Cache, Passage, Rows
 from dager_tutorial.server.decoder.summed.practice import simulated_gradients
 from dager_tutorial.server.decoder.summed.sketch import Sketch
 from dager_tutorial.server.decoder.summed.spectra import Bands, bands

@@ -1,4 +1,7 @@
-"""How far a simulated gradient is from the one that was received."""
+"""How far a simulated gradient is from the one that was received.
+
+Chapter `02_attacks_that_optimise`.
+"""
 
 from __future__ import annotations
 

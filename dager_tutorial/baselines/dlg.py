@@ -2,6 +2,8 @@
 
 Zhu, Liu and Han, Deep Leakage from Gradients, NeurIPS 2019 (arXiv 1906.08935). There labels are optimised together with
 the inputs, by L-BFGS; comparisons on text (LAMP, DAGER) tell it the labels and use Adam.
+
+Chapter `02_attacks_that_optimise`.
 """
 
 from __future__ import annotations

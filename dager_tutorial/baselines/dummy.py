@@ -1,4 +1,7 @@
-"""The client's step made again on embeddings instead of tokens, so that its gradient can be differentiated in them."""
+"""The client's step made again on embeddings instead of tokens, so that its gradient can be differentiated in them.
+
+Chapter `02_attacks_that_optimise`.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 Balunovic, Dimitrov, Jovanovic and Vechev, LAMP: Extracting Text from Gradients with Language Model Priors, NeurIPS 2022
 (arXiv 2202.08827). Continuous steps and discrete moves take turns: a descent finds tokens and hardly ever their order.
+
+Chapter `02_attacks_that_optimise`.
 """
 
 from __future__ import annotations

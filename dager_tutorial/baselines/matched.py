@@ -1,4 +1,7 @@
-"""What an attack by gradient matching gives back."""
+"""What an attack by gradient matching gives back.
+
+Chapter `02_attacks_that_optimise`.
+"""
 
 from __future__ import annotations
 

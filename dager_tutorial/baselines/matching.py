@@ -1,4 +1,7 @@
-"""The loop that all these attacks share: embeddings move down a distance of gradients, several guesses at a time."""
+"""The loop that all these attacks share: embeddings move down a distance of gradients, several guesses at a time.
+
+Chapter `02_attacks_that_optimise`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Discrete moves on the order of a text, which a descent cannot make: LAMP's four kinds."""
+"""Discrete moves on the order of a text, which a descent cannot make: LAMP's four kinds.
+
+Chapter `02_attacks_that_optimise`.
+"""
 
 from __future__ import annotations
 

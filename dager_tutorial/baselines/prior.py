@@ -1,4 +1,7 @@
-"""How likely a text is before any gradient is seen: LAMP's second judge."""
+"""How likely a text is before any gradient is seen: LAMP's second judge.
+
+Chapter `02_attacks_that_optimise`.
+"""
 
 from __future__ import annotations
 

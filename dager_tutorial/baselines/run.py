@@ -1,4 +1,7 @@
-"""Any of the earlier attacks by its name, with fewer steps than published where time is short."""
+"""Any of the earlier attacks by its name, with fewer steps than published where time is short.
+
+Chapter `02_attacks_that_optimise`.
+"""
 
 from __future__ import annotations
 

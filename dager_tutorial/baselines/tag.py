@@ -1,6 +1,8 @@
 """TAG: gradient matching in squared plus weighted absolute distance.
 
 Deng et al., TAG: Gradient Attack on Transformer-based Language Models, Findings of EMNLP 2021 (arXiv 2103.06819).
+
+Chapter `02_attacks_that_optimise`.
 """
 
 from __future__ import annotations

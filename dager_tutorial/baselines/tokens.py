@@ -1,4 +1,7 @@
-"""From embeddings to tokens: what frames a text, and which token is nearest."""
+"""From embeddings to tokens: what frames a text, and which token is nearest.
+
+Chapter `02_attacks_that_optimise`.
+"""
 
 from __future__ import annotations
 

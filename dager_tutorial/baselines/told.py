@@ -1,4 +1,7 @@
-"""What an attack by gradient matching must be told besides the update, which the server does not know."""
+"""What an attack by gradient matching must be told besides the update, which the server does not know.
+
+Chapter `02_attacks_that_optimise`.
+"""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dager_tutorial.baselines.run import Effort
 
 PRIOR = "smollm2-135m"  # what judges lamp's moves where nothing else is named
+PRIOR_HELP = f"Causal model that judges lamp's moves; {PRIOR} by default."
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,7 @@ def baseline(
     client: ClientOptions,
     effort: EffortOptions,
     tell_labels: Annotated[bool, Option(help="Tell the labels; else dlg and tag optimise them, too.")] = True,
-    prior: Annotated[
-        str | None, Option("--prior", help=f"Causal model that judges lamp's moves; {PRIOR} by default.")
-    ] = None,
+    prior: Annotated[str | None, Option("--prior", help=PRIOR_HELP)] = None,
     time_budget: TimeBudget = None,
     seed: Seed = 0,
     results: OutputOptions,

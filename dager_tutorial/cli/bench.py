@@ -10,6 +10,7 @@ from rich.table import Table
 from typer import Option
 
 from dager_tutorial.cli import display, output
+from dager_tutorial.cli.baselines import PRIOR, PRIOR_HELP, EffortOptions, load_prior
 from dager_tutorial.cli.options import (
     ClientOptions,
     ModelOptions,
@@ -17,12 +18,13 @@ from dager_tutorial.cli.options import (
     Seed,
     SeriesOptions,
     Task,
+    TimeBudget,
     drawn,
     flattened,
 )
 from dager_tutorial.cli.picture import draw_scaling, drawable
 from dager_tutorial.cli.progress import progress
-from dager_tutorial.errors import printable
+from dager_tutorial.errors import DagerError, printable, quote
 
 if TYPE_CHECKING:
     from dager_tutorial.evaluation.ablation import EncoderBenchmark
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 SCALING = (1, 2, 4, 8, 16, 32)  # batch sizes of `bench scaling` where none is given
 VARIANTS = ("full", "no incidence", "no relaxation", "no polish", "textbook")  # of `bench encoder`
+PRIOR_ATTACKS = ("ours", "textbook", "dlg", "tag", "lamp")  # of `bench priors`
 CLIENT = ClientOptions(share="attention")  # of `bench accuracy`
 
 OneSource = Annotated[str, Option("--data", help="Texts by name, or a TSV file.")]
@@ -194,6 +197,43 @@ def taps(
     if markdown is not None:
         output.write_text(markdown, markdown_table(runs))
     results.finish({"model": model.model, "task": task, "runs": [run.to_json() for run in runs]})
+
+
+@app.command()
+@flattened
+def priors(
+    *,
+    model: ModelOptions,
+    series: SeriesOptions,
+    attack: Annotated[
+        list[str] | None, Option("--attack", help=f"{', '.join(PRIOR_ATTACKS)}; repeat it. All by default.")
+    ] = None,
+    effort: EffortOptions,
+    prior: Annotated[str, Option("--prior", help=PRIOR_HELP)] = PRIOR,
+    time_budget: TimeBudget = None,
+    markdown: Annotated[
+        Path | None, Option("--markdown", callback=output.writable, help="Write the table as Markdown.")
+    ] = None,
+    seed: Seed = 0,
+    results: OutputOptions,
+) -> None:
+    """Attack the same updates as was done before, as DAGER's paper writes it, and as this project does."""
+    if unknown := sorted({*(attack or ())} - {*PRIOR_ATTACKS}):
+        raise DagerError(f"--attack is {quote(unknown[0])}: choose one of {', '.join(PRIOR_ATTACKS)}")
+    batches, language_model = series.draw(seed), model.load()
+    from dager_tutorial.evaluation.priors import ATTACKS, PriorLimits, bench_priors, markdown_table
+
+    runs, judge = [], load_prior(prior, model.device)
+    limits = PriorLimits(effort.effort(), time_budget)
+    with progress() as advance:
+        told: dict[str, Any] = {"limits": limits, "prior": judge, "attacks": attack or ATTACKS}
+        for run in bench_priors(language_model, batches, progress=advance, **told):
+            runs.append(run)
+            typer.echo(f"{run.data}  B={run.batch_size}  R1={run.rouge1:.3f}  {run.seconds:.1f} s  {run.attack}")
+    if markdown is not None:
+        output.write_text(markdown, markdown_table(runs))
+    record = {"model": model.model, **vars(effort), "time_budget": time_budget}
+    results.finish(record | {"runs": [run.to_json() for run in runs]})
 
 
 def _change(run: SensitivityRun) -> str:

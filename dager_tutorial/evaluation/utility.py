@@ -45,9 +45,9 @@ class Training:
         DagerError: An option may not have its value.
     """
 
-    steps: int = option(150, Within(1, 10**6), "Steps.")
+    steps: int = option(60, Within(1, 10**6), "Steps.")
     batch_size: int = option(8, Within(1, 10**6), "Texts of a step on average.")
-    learning_rate: float = option(5e-4, Within(1e-12, 10, whole=False), "Of AdamW.")
+    learning_rate: float = option(1e-4, Within(1e-12, 10, whole=False), "Of AdamW.")
     tests: int = option(96, Within(1, 10**6), "Texts held out.")
 
     def __post_init__(self) -> None:

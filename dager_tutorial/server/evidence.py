@@ -259,7 +259,8 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
         watch or Stopwatch(),
         maps,
         tokenizer=model.tokenizer,
-        pruned=whole and bits is None and is_pruned(adapter, gradients),
+        # Numbers of 16 bits become zero where they are small: what is lost there, rounding explains.
+        pruned=whole and bits is None and torch.finfo(coarsest).bits >= 32 and is_pruned(adapter, gradients),
         bits=bits,
     )
     if update.kind != "delta" or adapted or _of_one_step(evidence):

@@ -77,7 +77,8 @@ class Simulator:
         self.shared = dict(_shared(self.network, update))
         backbone_gradients = update.for_backbone(model.network)
         self.bits = bits_of(self.adapter, backbone_gradients)
-        self.pruned = self.bits is None and is_pruned(self.adapter, backbone_gradients)
+        whole = self.bits is None and torch.finfo(dtype).bits >= 32
+        self.pruned = whole and is_pruned(self.adapter, backbone_gradients)
 
     def _padded(self, texts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Token ids and mask of texts, padded on the right."""

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.decoder.front import Extension, Front
+from dager_tutorial.server.decoder.passage import Cache
 from dager_tutorial.server.decoder.ranking import Ranking
 from dager_tutorial.server.decoder.tree import Tree
-from dager_tutorial.server.odds import chance_quantile, usual
+from dager_tutorial.server.odds import chance_quantile
 from dager_tutorial.server.token_filter import Candidates
 
 
@@ -37,7 +37,9 @@ class _Row:
         position: Where it stands.
         evidence: By how many deviations it fits better than false ones.
         total: The same, summed along the prefix.
-        weak: How many rows in a row, this one included, do not stand out.
+        strong: Whether it stands out.
+        weak: By how many more rows than stand out did not, since they last were even.
+        doubtful: Whether this row or one before it did not stand out.
     """
 
     parent: int | None
@@ -46,7 +48,22 @@ class _Row:
     position: int
     evidence: float
     total: float
+    strong: bool
     weak: int
+    doubtful: bool
+
+
+@dataclass(frozen=True)
+class _Front:
+    """Prefixes of one length.
+
+    Attributes:
+        nodes: Their last rows, by index; none before the first token, when the cache is of one empty prefix.
+        cache: Their keys and values.
+    """
+
+    nodes: tuple[int, ...]
+    cache: Cache
 
 
 @dataclass
@@ -58,109 +75,103 @@ class BeamSearch:
         ranking: Weighs extensions.
         budget: What it may cost.
         rows: All rows that were ever kept, parents before children.
-        seen: For each tap, the evidence of rows that stood out, summed: what it is worth.
+        usually: The evidence of a row in the usual text, at the position where it was most.
     """
 
     candidates: Candidates
     ranking: Ranking
     budget: Budget
     rows: list[_Row] = field(default_factory=list)
-    seen: Tensor | None = None
+    usually: float = 0.0
 
     @torch.no_grad()
     def run(self) -> Tree:
         """Grow until no beam has stood out for a while; the texts that nothing better explains, as a tree."""
-        block, front, position = self.ranking.block, self.ranking.block.empty(), 0
-        while position < block.adapter.max_positions and not self.budget.late and (front.nodes or not position):
+        front = _Front((), self.ranking.passage.empty())
+        for position in range(self.ranking.passage.adapter.max_positions):
             tokens = self.candidates.at(position)
-            if not len(tokens):
+            if not len(tokens) or self.budget.late or (position and not front.nodes):
                 break
-            front = self._grown(front, block.extension(position, tokens))
-            position += 1
+            front = self._grown(front, position, tokens)
             self.budget.report("search", len(self.rows))
         return self._tree(self._unexplained())
 
-    def _grown(self, front: Front, extension: Extension) -> Front:
+    def _grown(self, front: _Front, position: int, tokens: Int[Tensor, " candidates"]) -> _Front:
         """The front one token longer."""
-        pairs = self._different(front, extension, self.ranking.promising(front, extension))
-        if self.budget.late or not len(pairs):
-            return self.ranking.block.empty()
-        evidence = self._evidence(front, extension, pairs)
-        if self.budget.late:  # the last ones were not computed
-            return self.ranking.block.empty()
-        made = [self._row(front, extension, *each) for each in zip(pairs.tolist(), evidence.tolist(), strict=True)]
-        kept = [i for i in self._kept(pairs, evidence, made) if made[i].weak <= constants().weak_rows]
-        nodes = list(range(len(self.rows), len(self.rows) + len(kept)))
+        chance = self.ranking.chance(front.cache, position)
+        begun = torch.tensor([self.rows[node].root for node in front.nodes], dtype=torch.long, device=tokens.device)
+        extended = self.ranking.promising(front.cache, begun, position, tokens, chance)
+        evidence = chance.evidence(extended.features())
+        outstanding = evidence >= self._needed(len(evidence))
+        if bool(outstanding.any()):
+            self.ranking.worth.learn(chance.deviating(extended.features()[outstanding]))
+        made = [
+            self._row(front, position, len(tokens), *each)
+            for each in zip(extended.places.tolist(), extended.tokens.tolist(), evidence.tolist(), strict=True)
+        ]
+        kept = self._kept(extended.places, evidence, made)
+        kept = [index for index in kept if made[index].weak <= constants().weak_rows]
+        nodes = tuple(range(len(self.rows), len(self.rows) + len(kept)))
         self.rows += [made[index] for index in kept]
-        return self.ranking.block.grown(front, extension, pairs[kept], nodes) if kept else self.ranking.block.empty()
+        chosen = torch.tensor(kept, dtype=torch.long, device=tokens.device)
+        return _Front(nodes, self.ranking.passage.grown(front.cache, extended.take(chosen)))
 
-    def _different(self, front: Front, extension: Extension, pairs: Tensor) -> Tensor:
-        """Pairs but for a rotary model's first token repeated, whose state is the same at every length."""
-        if not (self.ranking.block.rotary and extension.position == 1):
-            return pairs
-        first = torch.tensor([self.rows[node].token for node in front.nodes], device=pairs.device)
-        return pairs[first[pairs[:, 0]] != extension.tokens[pairs[:, 1]]]
+    def _row(self, front: _Front, position: int, tried: int, place: int, token: int, evidence: float) -> _Row:
+        """The row of an extension."""
+        if not front.nodes:
+            return _Row(None, token, token, position, evidence, evidence, strong=True, weak=0, doubtful=False)
+        before, prompted = self.rows[front.nodes[place]], len(self.candidates.prompt)
+        needed = max(self._needed(tried), constants().ending * self._usual(front.nodes[place]))
+        strong = position < prompted or evidence >= needed
+        weak, doubtful = max(0, before.weak - 1) if strong else before.weak + 1, not strong or before.doubtful
+        root = token if position == prompted else before.root  # a prompt is the first token of all
+        total = before.total + evidence
+        return _Row(front.nodes[place], token, root, position, evidence, total, strong, weak, doubtful)
 
-    def _evidence(self, front: Front, extension: Extension, pairs: Tensor) -> Float[Tensor, " pairs"]:
-        """By how many deviations pairs fit better than false ones, taps weighed by what they were worth so far."""
-        fits, false = self.ranking.deviations(front, extension, pairs)
-        worth = torch.ones(len(fits), device=fits.device) if self.seen is None else self.seen.clamp(min=0)
-        chance = usual(worth @ false)
-        evidence = -chance.deviations(worth @ fits)
-        outstanding = evidence >= self._needed(len(pairs))
-        if bool(outstanding.any()) and bool(evidence.isfinite().all()):
-            most = constants().leverage_shift
-            found = -fits[:, outstanding].clamp(-most, most).sum(1)
-            self.seen = found if self.seen is None else self.seen + found
-        return evidence
-
-    def _row(self, front: Front, extension: Extension, pair: list[int], evidence: float) -> _Row:
-        """The row of a pair."""
-        place, choice = pair
-        token = int(extension.tokens[choice])
-        prompted = len(self.candidates.prompt)
-        strong = extension.position < prompted or evidence >= self._needed(len(extension.tokens))
-        if place < 0:
-            return _Row(None, token, token, extension.position, evidence, evidence, 0)
-        before = self.rows[front.nodes[place]]
-        weak = 0 if strong else before.weak + 1
-        root = token if extension.position == prompted else before.root  # a prompt is the first token of all
-        return _Row(front.nodes[place], token, root, extension.position, evidence, before.total + evidence, weak)
-
-    def _kept(self, pairs: Int[Tensor, "pairs 2"], evidence: Float[Tensor, " pairs"], made: list[_Row]) -> list[int]:
-        """Pairs that stand out among all and rival their prefix's best, and the best of each first token."""
-        needed = self._needed(len(pairs), constants().false_alarms if int(pairs[0, 0]) >= 0 else 1.0)
-        best = _best_of_each(pairs[:, 0], evidence)
-        begins = pairs[:, 0] < 0
-        rivals: Bool[Tensor, " pairs"] = (evidence >= needed) & (begins | (evidence >= constants().beside_best * best))
-        kept = set(rivals.nonzero()[:, 0].tolist())
+    def _kept(self, places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"], made: list[_Row]) -> list[int]:
+        """Rows of prefixes that stood out throughout and rival their siblings, and the best of each first token."""
+        begins = made[0].parent is None
+        needed = self._needed(len(made), 1.0 if begins else constants().false_alarms)
+        rivals: Bool[Tensor, " rows"] = evidence >= needed
+        if not begins:
+            rivals &= evidence >= constants().beside_best * _best_of_each(places, evidence)
+        kept = {index for index in rivals.nonzero()[:, 0].tolist() if not made[index].doubtful}
         order = sorted(range(len(made)), key=lambda index: -made[index].total)
-        # A first token none of whose prefixes stands out keeps its best: the row may be weak, not the text false.
-        counts = Counter({made[index].root: constants().beam for index in kept})
-        for index in order if int(pairs[0, 0]) >= 0 else []:
-            if counts[made[index].root] < constants().beam:
+        best: dict[int, float] = {}
+        for index in order:
+            best.setdefault(made[index].root, made[index].total)
+        self.usually = max(self.usually, statistics.median(best.values()) / (made[0].position + 1))
+        least = constants().beside_others * self.usually * (made[0].position + 1)
+        chosen, counts = [], Counter[int]()
+        for index in self._unlike([index for index in order if begins or made[index].total >= least], made):
+            # A first token none of whose prefixes stands out keeps its best: the row may be weak, not the text false.
+            most = constants().widest_beam if index in kept else 0 if begins else constants().beam
+            if counts[made[index].root] < most:
                 counts[made[index].root] += 1
-                kept.add(index)
-        return self._unlike([index for index in order if index in kept], made)[: constants().widest]
+                chosen.append(index)
+        return chosen[: constants().widest]
 
     def _unlike(self, order: list[int], made: list[_Row]) -> list[int]:
-        """Of rows in their order those that do not end like a better one: copies with a wrong token further back."""
+        """Of rows in their order those that end in a way of their own.
+
+        One that ends like a better one is a copy with a wrong token further back; one that ends like itself before goes
+        round in a circle, whose rows are alike at every turn.
+        """
         ends: set[tuple[int, ...]] = set()
-        unlike = []
+        unlike, alike = [], constants().alike
         for index in order:
-            end = self._end(made[index])
-            if len(end) < constants().alike or end not in ends:
+            row = made[index]
+            text = [*self._tokens(row.parent), row.token]
+            end = tuple(text[-alike:])
+            circling = any(tuple(text[at : at + alike]) == end for at in range(len(text) - alike))
+            if len(text) < alike or (end not in ends and not circling):
                 unlike.append(index)
                 ends.add(end)
         return unlike
 
-    def _end(self, row: _Row) -> tuple[int, ...]:
-        """The last tokens up to a row, the last first."""
-        end = [row.token]
-        while len(end) < constants().alike and row.parent is not None:
-            row = self.rows[row.parent]
-            end.append(row.token)
-        return tuple(end)
+    def _tokens(self, index: int | None) -> list[int]:
+        """The tokens up to a row."""
+        return [] if index is None else [self.rows[step].token for step in self._path(index)]
 
     @staticmethod
     def _needed(tried: int, alarms: float | None = None) -> float:
@@ -179,27 +190,32 @@ class BeamSearch:
 
     def _unexplained(self) -> list[int]:
         """Last rows of the texts that have rows of their own, the best text first."""
-        strong = [index for index, row in enumerate(self.rows) if not row.weak]
+        strong = [index for index, row in enumerate(self.rows) if row.strong]
         inner = {step for index in strong for step in self._path(index)[:-1]}
         leaves = (self._ended(index) for index in strong if index not in inner)
         ends = sorted(leaves, key=lambda index: -self.rows[index].total)
-        explained: set[tuple[int, int]] = set()
+        explained: set[tuple[int | None, int]] = set()
         chosen = []
         for end in ends:
             own = [self.rows[step] for step in self._path(end)]
-            gain = sum(row.evidence for row in own if (row.position, row.token) not in explained)
-            if gain >= constants().own_rows * self._needed(len(self.candidates.distinct())):
+            pairs = list(zip([None, *(row.token for row in own)], own, strict=False))
+            gain = sum(row.evidence for before, row in pairs if (before, row.token) not in explained)
+            enough = constants().own_rows * self._needed(len(self.candidates.distinct()))
+            if gain >= max(enough, constants().own_share * self.rows[end].total):
                 chosen.append(end)
-                explained |= {(row.position, row.token) for row in own}
+                explained |= {(before, row.token) for before, row in pairs}
         return chosen
 
     def _ended(self, index: int) -> int:
         """Where the text of a row ends: behind it, rows fit far worse than usual in it."""
-        path = self._path(index)
-        usually = statistics.median(self.rows[step].evidence for step in path)
+        path, usually = self._path(index), self._usual(index)
         while len(path) > 1 and self.rows[path[-1]].evidence < constants().ending * usually:
             path.pop()
         return path[-1]
+
+    def _usual(self, index: int) -> float:
+        """The evidence of a usual row up to one."""
+        return statistics.median(self.rows[step].evidence for step in self._path(index))
 
     def _tree(self, ends: list[int]) -> Tree:
         """The prefixes of some texts as a tree; a text's ratio is what chance explains of its mean evidence."""
@@ -214,12 +230,12 @@ class BeamSearch:
                 row.token,
                 start=0,
                 ratio=needed / max(row.evidence, 1e-3),
-                rotary=self.ranking.block.rotary,
+                rotary=self.ranking.rotary,
             )
         return tree
 
 
-def _best_of_each(places: Int[Tensor, " pairs"], evidence: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
-    """For each pair the best evidence among those of its prefix."""
-    best = evidence.new_full((int(places.max()) + 2,), -torch.inf)
-    return best.scatter_reduce(0, places + 1, evidence, "amax")[places + 1]
+def _best_of_each(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """For each row the best evidence among those of its prefix."""
+    best = evidence.new_full((int(places.max()) + 1,), -torch.inf)
+    return best.scatter_reduce(0, places, evidence, "amax")[places]

@@ -116,7 +116,7 @@ def _fitted_ones(basis: Float[Tensor, "coordinates directions"]) -> float:
         gram.diagonal().add_(1e-12 * gram.diagonal().mean())
         left = target - basis @ torch.linalg.solve(gram, scaled.T @ target)
         weights = 1 / (left.abs() + max(1e-8, 0.1 * 0.6**step))
-    return float((left.abs() < constants().same_weight).double().mean())
+    return float((left.abs() < constants().same_weight).float().mean())
 
 
 @dataclass(frozen=True)

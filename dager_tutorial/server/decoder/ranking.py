@@ -4,111 +4,219 @@ Chapter `12_federated`.
 
 Without a gap the span tests pass true rows and many false ones with them, or fail weak true rows. What still tells is
 the order: a row's residual at a tap against those of random extensions of the same prefixes, in robust deviations,
-summed over the taps of block 0 and the next. The input of the MLP's output map counts most: it has several times as
-many entries as the model is wide, so that there is room outside however many rows there are.
+summed over the taps of the first blocks. The first block tells least, since every token of the batch lies near its
+spans; a few blocks further a row has mixed with those before it. The input of the MLP's output map has several times
+as many entries as the model is wide, so that there is room outside however many rows there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, Tap
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.decoder.front import Extension, FirstBlock, Front
-from dager_tutorial.server.odds import usual
+from dager_tutorial.server.decoder.front import Extension, FirstBlock
+from dager_tutorial.server.decoder.passage import Cache, Passage, Rows
+from dager_tutorial.server.odds import MEDIAN_TO_DEVIATION, usual
 from dager_tutorial.server.subspace import Span
+
+
+def ranked_taps(adapter: DecoderAdapter, blocks: int) -> list[Tap]:
+    """The taps by which extensions are ranked: of the first blocks, in the order of the forward pass.
+
+    What enters block 0 has chosen the candidates. Of the last block only its input counts: behind it, a loss on the
+    texts' ends has rows of nothing else.
+
+    Args:
+        adapter: The architecture.
+        blocks: How many blocks extensions go through.
+    """
+    inner = range(min(blocks, adapter.num_blocks - 1))
+    taps = [adapter.tap(block, kind) for block in inner for kind in (QKV, ATTENTION_OUTPUT, MLP, MLP_OUTPUT)]
+    return [*taps[1:], adapter.tap(len(inner), QKV)] if inner else [adapter.tap(0, ATTENTION_OUTPUT)]
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Reads a tap by its span.
+
+    Attributes:
+        span: The span.
+    """
+
+    span: Span
+
+    def __call__(self, vectors: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows 1"]:
+        """How badly vectors fit: the logarithm of the residual, or of the leverage where there is no residual."""
+        if self.span.saturated:
+            return self.span.log_leverage(vectors)[:, None]
+        return self.span.ratio(vectors).clamp(min=1e-30, max=1e30).log()[:, None]
+
+
+@dataclass
+class Worth:
+    """What the evidence of each tap was worth so far: that of rows that stood out, summed.
+
+    Attributes:
+        taps: How many taps there are.
+        seen: float32, one entry a tap; None before any row stood out.
+    """
+
+    taps: int
+    seen: Float[Tensor, " taps"] | None = None
+
+    def weights(self, like: Tensor) -> Float[Tensor, " taps"]:
+        """The weights of the taps."""
+        return like.new_ones(self.taps) if self.seen is None else self.seen.clamp(min=0).to(like)
+
+    def learn(self, deviations: Float[Tensor, "rows taps"]) -> None:
+        """Add rows that stood out; no single one may count for more than a limit.
+
+        Args:
+            deviations: How they deviate from false rows, negative where they fit better.
+        """
+        most = constants().leverage_shift
+        found = -deviations.clamp(-most, most).sum(0)
+        self.seen = found if self.seen is None else self.seen + found
+
+
+@dataclass(frozen=True)
+class Chance:
+    """What misfits false extensions have at one position.
+
+    Attributes:
+        centre: float32, their medians.
+        spread: float32, their robust deviations.
+        deviations: float32, of the false extensions themselves.
+        weights: float32, what the taps are worth.
+    """
+
+    centre: Float[Tensor, " taps"]
+    spread: Float[Tensor, " taps"]
+    deviations: Float[Tensor, "false taps"]
+    weights: Float[Tensor, " taps"]
+
+    @classmethod
+    def of(cls, false: Float[Tensor, "false taps"], weights: Float[Tensor, " taps"]) -> Chance:
+        """Measure a sample of false extensions, of which a few may be anything."""
+        centre = false.median(0).values
+        spread = (MEDIAN_TO_DEVIATION * (false - centre).abs().median(0).values).clamp(min=1e-6)
+        return cls(centre, spread, (false - centre) / spread, weights)
+
+    def deviating(self, misfits: Float[Tensor, "rows known"]) -> Float[Tensor, "rows known"]:
+        """By how many deviations rows fit worse (negative: better) at the taps known so far."""
+        known = misfits.shape[1]
+        return (misfits - self.centre[:known]) / self.spread[:known]
+
+    def evidence(self, misfits: Float[Tensor, "rows known"]) -> Float[Tensor, " rows"]:
+        """By how many deviations rows fit better than false ones, the taps known so far weighed by their worth."""
+        weights = self.weights[: misfits.shape[1]]
+        of_false = usual(self.deviations[:, : len(weights)] @ weights)
+        return -of_false.deviations(self.deviating(misfits) @ weights)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Weighs extensions at the taps of block 0 and the next.
+    """Weighs extensions at the taps of the first blocks.
 
     Attributes:
-        spans: Spans of block 0's attention output, MLP and MLP output and of block 1's query, key and value, those that
-            there are.
-        block: Block 0.
+        passage: The first blocks, with a `Misfit` for each tap that was shared.
         batch_tokens: int64, tokens that are usual in the batch.
         generator: Source of randomness, on the CPU.
+        worth: What the taps were worth so far.
     """
 
-    spans: Mapping[Tap, Span]
-    block: FirstBlock
+    passage: Passage
     batch_tokens: Int[Tensor, " tokens"]
     generator: torch.Generator
+    worth: Worth = field(init=False)
 
-    def promising(self, front: Front, extension: Extension) -> Int[Tensor, "pairs 2"]:
-        """The extensions of each prefix that fit best in the attention output; all, where texts begin."""
-        attention = self.spans.get(self.block.adapter.tap(0, ATTENTION_OUTPUT))
-        count, most = len(extension.tokens), min(constants().ranked, len(extension.tokens))
-        if not front.nodes or attention is None or count <= most:
-            return self.block.everyone(front, extension)
-        found = [self.block.everyone(front, extension)[:0]]
-        for places in self.block.chunks(front, extension):
-            attended = self.block.of_all(front, extension, places)
-            misfit = _misfit(attention, attended.flatten(0, 1)).view(len(places), count)
-            best = misfit.topk(most, 1, largest=False).indices
-            found.append(torch.stack([places[:, None].expand_as(best), best], 2).flatten(0, 1))
-        return torch.cat(found)
+    def __post_init__(self) -> None:
+        """Nothing is known of the taps' worth yet."""
+        object.__setattr__(self, "worth", Worth(len(self.passage.readers)))
 
-    def deviations(
-        self, front: Front, extension: Extension, pairs: Int[Tensor, "pairs 2"]
-    ) -> tuple[Float[Tensor, "taps pairs"], Float[Tensor, "taps false"]]:
-        """How much better pairs fit than false ones do, tap by tap (negative where better), and the same of false ones.
+    @property
+    def rotary(self) -> bool:
+        """Whether positions enter in the attention only."""
+        return self.passage.adapter.first_input.positions is None
 
-        Both are float32; pairs that were not computed before the time was spent are infinite.
+    def chance(self, cache: Cache, position: int) -> Chance:
+        """How badly extensions fit that are hardly ever true: the batch's tokens after any prefix.
+
+        Args:
+            cache: Keys and values of the prefixes.
+            position: Where the tokens stand.
         """
-        fits = self._misfits(front, extension, pairs)
-        false = self._misfits(front, *self._false(front, extension))
-        usually = [usual(row[row.isfinite()]) if bool(row.isfinite().any()) else usual(row) for row in false]
-        return tuple(  # type: ignore[return-value]
-            torch.stack([each.deviations(row) for each, row in zip(usually, rows, strict=True)])
-            for rows in (fits, false)
-        )
-
-    def _false(self, front: Front, extension: Extension) -> tuple[Extension, Int[Tensor, "pairs 2"]]:
-        """Pairs that are hardly ever true: the batch's tokens after any prefix."""
-        sample = constants().ranked_sample
+        sample, device = constants().ranked_sample, self.batch_tokens.device
         draws = torch.randint(len(self.batch_tokens), (sample,), generator=self.generator)
-        tokens = self.batch_tokens[draws.to(extension.tokens.device)]
-        places = torch.randint(max(1, len(front.nodes)), (sample,), generator=self.generator).sort().values
-        places = places if front.nodes else torch.full_like(places, -1)
-        others = self.block.extension(extension.position, tokens)
-        return others, torch.stack([places, torch.arange(sample)], 1).to(tokens.device)
+        places = torch.randint(len(cache.keys[0]), (sample,), generator=self.generator).sort().values
+        rows = self.passage.enter(places.to(device), self.batch_tokens[draws.to(device)], position)
+        false = self.passage.through(rows, cache, self.passage.halves).features()
+        return Chance.of(false, self.worth.weights(false))
 
-    def _misfits(
-        self, front: Front, extension: Extension, pairs: Int[Tensor, "pairs 2"]
-    ) -> Float[Tensor, "taps pairs"]:
-        """How badly pairs fit at each tap, in the pairs' order."""
-        found = extension.hidden.new_full((len(self.spans), len(pairs)), torch.inf)
-        for part, attended in self.block.of_pairs(front, extension, pairs):
-            vectors = self._vectors(extension.hidden[pairs[part, 1]], attended)
-            for row, (tap, span) in zip(found, self.spans.items(), strict=True):
-                row[part] = _misfit(span, vectors[tap])
-        return found
+    def promising(
+        self,
+        cache: Cache,
+        begun: Int[Tensor, " prefixes"],
+        position: int,
+        tokens: Int[Tensor, " candidates"],
+        chance: Chance,
+    ) -> Rows:
+        """The extensions of each prefix that fit best, behind all blocks; fewer are left after each stage.
 
-    def _vectors(
-        self, hidden: Float[Tensor, "rows width"], attended: Float[Tensor, "rows inputs"]
-    ) -> dict[Tap, Tensor]:
-        """What enters the taps, of rows whose attention output is known."""
-        adapter = self.block.adapter
-        hidden = adapter.after_attention(0, hidden, attended)
-        inner = adapter.mlp_input(0, hidden)
-        activated, hidden = adapter.through_mlp(0, hidden, inner)
-        vectors = {
-            adapter.tap(0, ATTENTION_OUTPUT): attended,
-            adapter.tap(0, MLP): inner,
-            adapter.tap(0, MLP_OUTPUT): activated,
-        }
-        if adapter.num_blocks > 1:
-            vectors[adapter.tap(1, QKV)] = adapter.attention_input(1, hidden)
-        return vectors
+        A first token says too little in the first taps: of those only as many are left out as would cost too much.
+
+        Args:
+            cache: Keys and values of the prefixes.
+            begun: int64, their first tokens; empty before there are any.
+            position: Where the tokens stand.
+            tokens: The candidates.
+            chance: See `chance`.
+        """
+        most = (constants().ranked, constants().ranked_deep) if position else (constants().ranked_first,) * 2
+        extension = FirstBlock.screened(self.passage.adapter, None, self.passage.budget).extension(position, tokens)
+        rows = self._attended(cache, begun, extension, chance, most[0])
+        rows = self.passage.through(rows, cache, min(2, self.passage.halves))
+        rows = rows.take(_best_of_each(rows.places, chance.evidence(rows.features()), most[1]))
+        return self.passage.through(rows, cache, self.passage.halves)
+
+    def _attended(self, cache: Cache, begun: Tensor, extension: Extension, chance: Chance, most: int) -> Rows:
+        """The extensions of each prefix that fit best behind block 0's attention."""
+        parts = []
+        for place in range(len(cache.keys[0])):
+            # A rotary model's first token repeated has the same state at every length, and would never end.
+            barred = self.rotary and extension.position == 1
+            allowed = extension.tokens != begun[place] if barred else torch.ones_like(extension.tokens)
+            shares = self.passage.shares(extension, cache, place)
+            choice = self._glanced(cache, extension, shares, place, allowed.nonzero()[:, 0], chance, most)
+            rows = self.passage.begin(extension, shares, cache, place, choice)
+            parts.append(rows.take(_best_of_each(rows.places, chance.evidence(rows.features()), most)))
+        return Rows.joined(parts)
+
+    def _glanced(
+        self, cache: Cache, extension: Extension, shares: Tensor, place: int, choice: Tensor, chance: Chance, most: int
+    ) -> Int[Tensor, " choice"]:
+        """The candidates behind one prefix that fit best where attention's outputs are mapped, a few times too many."""
+        tap = self.passage.adapter.tap(0, ATTENTION_OUTPUT)
+        if tap not in self.passage.readers:
+            return choice
+        glance = replace(self.passage, readers={tap: self.passage.readers[tap]})
+        entry = 24 * self.passage.adapter.hidden_size
+        found = []
+        for part in choice.split(self.passage.budget.chunk(entry)):
+            found.append(chance.evidence(glance.begin(extension, shares, cache, place, part).features()))
+        return choice[torch.cat(found).topk(min(constants().glances * most, len(choice))).indices]
 
 
-def _misfit(span: Span, vectors: Tensor) -> Tensor:
-    """How badly vectors fit: the logarithm of the residual, or of the leverage where there is no residual."""
-    return span.log_leverage(vectors) if span.saturated else span.ratio(vectors).clamp(min=1e-30, max=1e30).log()
+def _best_of_each(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"], most: int) -> Int[Tensor, " best"]:
+    """Indices of the rows with the most evidence, so many of each place at most, those of a place together."""
+    order = evidence.argsort(descending=True)
+    order = order[places[order].argsort(stable=True)]
+    counts = torch.unique_consecutive(places[order], return_counts=True)[1]
+    begins = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return order[torch.arange(len(order), device=order.device) - begins < most]

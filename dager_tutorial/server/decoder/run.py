@@ -5,26 +5,23 @@ Chapters `03_span`, `06_decoder_recovery` and `11_limits`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 from dager_tutorial.models.adapter import DecoderAdapter
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, QUERY, Tap
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, QUERY
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.candidates import candidates_of, named_alone
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.decoder.beams import BeamSearch
 from dager_tutorial.server.decoder.dropped import DroppedSelector
-from dager_tutorial.server.decoder.ends import Texts, whole_texts
+from dager_tutorial.server.decoder.ends import whole_texts
+from dager_tutorial.server.decoder.found import Found, Spans, likeliest
 from dager_tutorial.server.decoder.front import FirstBlock
 from dager_tutorial.server.decoder.narrow.run import text_that_explains
-from dager_tutorial.server.decoder.neighbours import Neighbours
-from dager_tutorial.server.decoder.ranking import Ranking
+from dager_tutorial.server.decoder.ranked import by_rank, neighbours_of
 from dager_tutorial.server.decoder.residual import ResidualSelector
 from dager_tutorial.server.decoder.search import TreeSearch
 from dager_tutorial.server.decoder.summed.run import likely_prefixes
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.evidence import Evidence
-from dager_tutorial.server.outcome import Ends, FoundText, Outcome, expected_rows
+from dager_tutorial.server.outcome import Outcome, expected_rows
 from dager_tutorial.server.prompt import explained
 from dager_tutorial.server.subspace import Span
 from dager_tutorial.server.token_filter import Candidates
@@ -33,46 +30,10 @@ from dager_tutorial.server.verdict import (
     no_candidates,
     of_leverage,
     of_prefixes,
-    of_ranking,
     too_few_entries,
     unexplained,
     unreadable,
 )
-from dager_tutorial.status import Certainty, Confirmation, Status
-
-Spans = dict[Tap, Span]
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The texts of a tree and what their places in it say."""
-
-    tree: Tree
-    texts: Texts
-    tested: Spans
-    last: Spans
-
-    @property
-    def ends(self) -> Ends:
-        """What the last block says of the places where texts end."""
-        clear = [span.rank for span in self.last.values() if span.clear]
-        rank = None if self.texts.crowded else max(clear, default=None)
-        return Ends(self.texts.seen, len(self.texts.confirmed), len(self.texts.nodes), rank)
-
-    def outcome(self, status: Status, diagnosis: str) -> Outcome:
-        """The texts with what confirms each, under a verdict."""
-        found = (FoundText(self.tree.nodes[i].tokens, self.tree.nodes[i].ratio, self._by(i)) for i in self.texts.nodes)
-        return Outcome(status, diagnosis, tuple(found))
-
-    def _by(self, node: int) -> Confirmation:
-        """What confirms a text: residuals its rows, the last block its end; leverages alone confirm nothing.
-
-        Under strong noise a false end can pass in the last block, too: it confirms only where its own signal is clear
-        and no more prefixes pass than it allows.
-        """
-        if node in self.texts.confirmed and self.ends.rank is not None:
-            return Confirmation(Certainty.WHOLE, (*self.tested, *self.last))
-        return Confirmation(Certainty.ROWS, tuple(self.tested)) if self.tested else Confirmation(Certainty.GUESS)
 
 
 def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...] = ()) -> Outcome:
@@ -104,7 +65,7 @@ def recover_prefixes(evidence: Evidence, budget: Budget, prompt: tuple[int, ...]
     if budget.late:
         return Outcome(*no_beginning(adapter, late=True))
     if _without_gap(evidence, spans):
-        return _by_rank(evidence, adapter, spans, candidates, last, budget)
+        return by_rank(evidence, adapter, candidates, last, budget)
     return _by_spans(evidence, adapter, spans, candidates, last, budget, full=full)
 
 
@@ -130,37 +91,14 @@ def _by_spans(
         elif (dropped := _under_dropout(evidence, adapter, candidates, tree, budget)) is not None:
             tree, spans, last = dropped, evidence.present(adapter.tap(0, ATTENTION_OUTPUT)), {}
         complete = not saturated and tree.distinct_rows() == expected
-        neighbours = _neighbours(evidence, adapter, last, candidates, budget)
+        neighbours = neighbours_of(evidence, adapter, last, candidates, budget)
         texts = whole_texts(adapter, tree, last, complete=complete, neighbours=neighbours)
-        found = _Found(tree, texts, {} if saturated else spans, last)
+        found = Found(tree, texts, {} if saturated else spans, last)
     if not saturated:
         return _proven(evidence, adapter, found, expected, late=budget.late)
-    likely = _likeliest(found)
+    likely = likeliest(found)
     confirmed = len(likely.texts.confirmed)
     return likely.outcome(*of_leverage(likely.ends, confirmed, late=budget.late))
-
-
-def ranked_prefixes(
-    evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, budget: Budget
-) -> list[tuple[int, ...]]:
-    """Texts that may be there, by how well their prefixes fit where no gap stands below the signal.
-
-    Args:
-        evidence: The update's gradients.
-        adapter: The architecture.
-        candidates: Tokens that may stand at each position.
-        budget: What it may cost.
-
-    Returns:
-        Token ids of the longest prefix of each, which may go beyond its end.
-    """
-    spans = evidence.present(*_cascade(evidence, adapter, budget), adapter.tap(0, MLP_OUTPUT))
-    spans = {tap: span for tap, span in spans.items() if span.rank}
-    if not spans:
-        return []
-    ranking = Ranking(spans, FirstBlock.screened(adapter, None, budget), candidates.distinct(), budget.generator())
-    tree = BeamSearch(candidates, ranking, budget).run()
-    return [tree.nodes[leaf].tokens for leaf in tree.leaves()]
 
 
 def _of_first_block(evidence: Evidence, adapter: DecoderAdapter) -> tuple[Outcome | None, Span | None]:
@@ -190,12 +128,12 @@ def _of_narrow_adapter(evidence: Evidence, adapter: DecoderAdapter, first: Span,
         tree = Tree.of(found[0], rotary=adapter.first_input.positions is None)
         texts = whole_texts(adapter, tree, last, complete=found[1])
     if not found[1]:
-        return _Found(tree, texts, {}, last).outcome(*unexplained(late=budget.late))
-    explained = _Found(tree, texts, evidence.present(*taps), last)
+        return Found(tree, texts, {}, last).outcome(*unexplained(late=budget.late))
+    explained = Found(tree, texts, evidence.present(*taps), last)
     return explained.outcome(*of_prefixes(len(tree.real()), len(tree.real()), explained.ends, late=False))
 
 
-def _proven(evidence: Evidence, adapter: DecoderAdapter, found: _Found, expected: int | None, *, late: bool) -> Outcome:
+def _proven(evidence: Evidence, adapter: DecoderAdapter, found: Found, expected: int | None, *, late: bool) -> Outcome:
     """The outcome of a search by residuals."""
     if not found.texts.nodes:
         every, queries = adapter.tap(0, QKV), set(adapter.tap(0, QUERY).parameters)
@@ -235,30 +173,6 @@ def _without_gap(evidence: Evidence, spans: Spans) -> bool:
     )
 
 
-def _by_rank(
-    evidence: Evidence, adapter: DecoderAdapter, spans: Spans, candidates: Candidates, last: Spans, budget: Budget
-) -> Outcome:
-    """The outcome of a search where no gap stands below the signal."""
-    spans = evidence.present(*spans, adapter.tap(0, MLP_OUTPUT))
-    with evidence.watch.stage("search"):
-        ranking = Ranking(spans, FirstBlock.screened(adapter, None, budget), candidates.distinct(), budget.generator())
-        tree = BeamSearch(candidates, ranking, budget).run()
-        clear = {tap: span for tap, span in last.items() if span.clear}
-        neighbours = _neighbours(evidence, adapter, clear, candidates, budget)
-        likely = _likeliest(_Found(tree, whole_texts(adapter, tree, clear, neighbours=neighbours), {}, clear))
-    if not likely.texts.nodes:
-        return likely.outcome(*no_beginning(adapter, late=budget.late))
-    return likely.outcome(*of_ranking(likely.ends, len(likely.texts.confirmed), late=budget.late))
-
-
-def _neighbours(
-    evidence: Evidence, adapter: DecoderAdapter, last: Spans, candidates: Candidates, budget: Budget
-) -> Neighbours | None:
-    """What proves ends where the client's steps moved the inputs; None where they did not, or no gap tells any."""
-    clear = {tap: span for tap, span in last.items() if span.clear}
-    return Neighbours(adapter, clear, candidates, budget.generator()) if evidence.drifts and clear else None
-
-
 def _cascade(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spans:
     """Spans of the taps that the search tests; the MLP's only where one of the others cannot decide alone.
 
@@ -293,13 +207,3 @@ def _last(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spans:
             if span.between >= constants().clear_gap * span.bound:
                 break
     return spans
-
-
-def _likeliest(found: _Found) -> _Found:
-    """Of a search by leverage: what the last block confirms, then the likeliest others, as many as there are texts."""
-    confirmed = [node for node in found.texts.nodes if node in found.texts.confirmed]
-    rest = [node for node in found.texts.nodes if node not in found.texts.confirmed]
-    rest.sort(key=lambda node: found.tree.nodes[node].ratio)
-    room = max((span.rank for span in found.last.values()), default=constants().widest) - len(confirmed)
-    kept = (*confirmed, *rest[: max(0, room)])
-    return _Found(found.tree, replace(found.texts, nodes=kept), found.tested, found.last)

@@ -67,7 +67,7 @@ def _queries_and_keys(evidence: Evidence, adapter: DecoderAdapter, rows: Sequenc
     vectors = torch.stack([row.vector for row in rows])
     gradient = adapter.tap(0, QKV).gradient(evidence.gradients)
     assert gradient is not None
-    outputs = torch.linalg.lstsq(precise(vectors).T, gradient.T, driver="gelsd").solution
+    outputs = torch.linalg.pinv(precise(vectors).T) @ gradient.T
     shape = (adapter.num_heads, adapter.head_width)
     queries = outputs[:, : adapter.num_heads * adapter.head_width].unflatten(1, shape)
     with torch.no_grad():

@@ -69,17 +69,19 @@ class _Sums:
     @property
     def shares(self) -> Float[Tensor, " rows"]:
         """The share of entries where nothing is left."""
-        return self.silent.double().mean(1)
+        return self.silent.float().mean(1)
 
 
 def dropout_rate(evidence: Evidence) -> float | None:
     """The rate of a causal model's dropout behind its embeddings, from zeros inside their gradient; None without it.
 
+    In a difference of weights zeros are entries that a step was too small to move: they tell nothing.
+
     Args:
         evidence: The update's gradients.
     """
     sums = _tables(evidence)
-    if sums is None or evidence.pruned or evidence.bits:
+    if sums is None or evidence.pruned or evidence.bits or evidence.drifts:
         return None
     shares = sums[0].shares
     largest = float(shares.max())
@@ -142,7 +144,7 @@ class _Reader:
         for one, other, by_token in ((self.tokens, self.positions, True), (self.positions, self.tokens, False)):
             for place in range(len(one.ids)):
                 silent = one.silent[place]
-                share = float(silent.double().mean())
+                share = float(silent.float().mean())
                 if not self.rate**1.5 < share < 1 - (1 - self.rate) / 4:  # two rows are silent together at rate^2
                     continue
                 left = (other.shares < 1).nonzero()[:, 0]
@@ -174,7 +176,7 @@ class _Reader:
         embedding = self.source.tokens[token] + self.source.positions[position]
         explained = torch.zeros(embedding.shape, dtype=torch.bool, device=embedding.device)
         for _ in range(constants().most_copies):
-            silent = mask_of(precise(embedding), basis, explained)
+            silent = mask_of(precise(embedding), basis, explained.to(basis.device)).to(embedding.device)
             vector = self.source.normed(torch.where(silent, 0.0, embedding / (1 - self.rate))[None])
             # Another mask is zero at its rate where those before are not; the same one again, nowhere or nearly so.
             if 2 * int((silent & ~explained).sum()) < self.rate * int((~explained).sum()):
@@ -189,7 +191,7 @@ class _Reader:
         tokens, positions = (own.expand_as(others), others) if by_token else (others, own.expand_as(others))
         assert self.source.positions is not None
         embedding = self.source.tokens[tokens] + self.source.positions[positions]
-        vectors = self.source.normed(torch.where(silent, 0.0, embedding / (1 - self.rate)))
+        vectors = self.source.normed(torch.where(silent.to(embedding.device), 0.0, embedding / (1 - self.rate)))
         ratios = self.span.ratio(vectors)
         at = int(ratios.argmin())
         if not bool(self.span.holds(vectors[at : at + 1])):

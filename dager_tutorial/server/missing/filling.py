@@ -170,7 +170,8 @@ def _wider(factors: _Factors, more: int) -> Tensor:
 
 def _fitted(matrix: Tensor, known: Tensor, right: Tensor, *, pays: float) -> _Factors:
     """Both factors solved for in turns, as long as a round leaves no more than a share of what the last one left."""
-    weight, size = known.double(), float((matrix * known).norm())
+    weight = known.to(matrix)
+    size = float((matrix * weight).norm())
     before, most = torch.inf, constants().filling_rounds
     for _ in range(most):
         left = torch.linalg.qr(_solved(right, matrix, weight)).Q

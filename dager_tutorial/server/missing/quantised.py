@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dager_tutorial.models.adapter import Adapter
-from dager_tutorial.models.tap import KINDS
+from dager_tutorial.models.tap import KINDS, precise
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decomposition import Spectrum, Tail
 from dager_tutorial.server.rank import right_singular
@@ -58,7 +58,7 @@ def in_steps(gradient: Tensor, bits: int) -> Tensor:
         gradient: Any.
         bits: How many bits an entry was sent with.
     """
-    return gradient.double() / max(step_of(gradient, bits), 1e-300)
+    return precise(gradient) / max(step_of(gradient, bits), 1e-300)
 
 
 def grid_span(
@@ -116,7 +116,7 @@ def beyond_rounding(rest: Mapping[str, Tensor], received: Mapping[str, Tensor], 
     far, excess, variance = 0.0, 0.0, 0.0
     for name, each in rest.items():
         step = max(step_of(received[name], bits), 1e-300)
-        left = each.double() / step
+        left = precise(each) / step
         far += step**2 * float((left.abs() - 0.5 - constants().off_grid).clamp(min=0).square().sum())
         more, spread = _excess(left, received[name].to(left) / step - left)
         excess, variance = excess + step**2 * more, variance + step**4 * spread

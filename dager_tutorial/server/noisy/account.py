@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from dager_tutorial.models.tap import precise
 from dager_tutorial.server.completion.remainder import widened
 from dager_tutorial.server.completion.simulation import Ids, Simulator, of_logits
 from dager_tutorial.server.constants import constants
@@ -44,7 +44,8 @@ class Account:
 
     def __init__(self, simulator: Simulator, received: Mapping[str, Tensor], deviation: float) -> None:
         self.simulator, self.deviation = simulator, deviation
-        self.rest = widened({name: received[name] for name in simulator.shared})
+        device = simulator.network.device
+        self.rest = widened({name: received[name].to(device) for name in simulator.shared})
 
     def take(self, entry: Entry) -> None:
         """Take a text off, or put it back where its weight is negative."""
@@ -75,4 +76,4 @@ class Account:
 
 
 def _square(tensor: Tensor) -> float:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2
+    return sum(precise(part).square().sum().item() for part in tensor.flatten().split(2**22))

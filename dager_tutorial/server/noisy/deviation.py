@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from scipy.stats import chi2
 from torch import Tensor
 
+from dager_tutorial.models.tap import precise
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.evidence import Evidence
 
@@ -42,7 +43,7 @@ def deviation_of(evidence: Evidence) -> float | None:
     gradient = table_gradient(evidence, evidence.adapter.first_input.tokens)
     if gradient is None:
         return None
-    squares, width = gradient.square().sum(1).double(), gradient.shape[1]
+    squares, width = precise(gradient.square().sum(1)), gradient.shape[1]
     middle = squares.median().item()
     if not middle > 0:
         return None
@@ -71,7 +72,7 @@ def outstanding(gradient: Float[Tensor, "rows width"], deviation: float) -> Int[
         >>> outstanding(rows, 1.0)
         tensor([ 3, 70])
     """
-    squares = gradient.square().sum(1).double()
+    squares = precise(gradient.square().sum(1))
     return (squares > deviation**2 * _most(*gradient.shape)).nonzero()[:, 0]
 
 

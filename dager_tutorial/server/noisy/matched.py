@@ -95,7 +95,7 @@ class Matched:
                 first, chances = _filtered(_loss(logits, 0), parts), logits.detach().softmax(1)
                 odds = torch.stack([torch.ones_like(chances[:, 0]), chances[:, 1] / chances[:, 0]], 1)
                 columns = [first, -first * odds]
-        return iter(torch.stack(columns, 1).double().cpu())
+        return iter(torch.stack(columns, 1).cpu().double())
 
     def slopes(self, text: Ids, label: int) -> Float[Tensor, "tokens width"]:
         """The gradient of a text's loss in its embeddings.

@@ -19,7 +19,7 @@ from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.completion.guess import plausible_heads
 from dager_tutorial.server.completion.simulation import Ids, Simulator
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.decoder.run import ranked_prefixes
+from dager_tutorial.server.decoder.ranked import ranked_prefixes
 from dager_tutorial.server.embedding_rows import anywhere
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.noisy.account import Account, Entry

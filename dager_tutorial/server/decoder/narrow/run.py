@@ -13,7 +13,7 @@ from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.narrow.search import NarrowSearch, readable
 from dager_tutorial.server.decoder.narrow.wanted import Wanted
-from dager_tutorial.server.decoder.summed.passage import Passage, Prefix
+from dager_tutorial.server.decoder.passage import Passage, Prefix
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.rounding import probe
 

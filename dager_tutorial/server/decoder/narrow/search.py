@@ -19,7 +19,7 @@ from dager_tutorial.models.tap import QKV, Tap
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.narrow.wanted import Explained, Wanted
-from dager_tutorial.server.decoder.summed.passage import Cache, Passage, Prefix, Rows
+from dager_tutorial.server.decoder.passage import Cache, Passage, Prefix, Rows
 from dager_tutorial.server.decoder.summed.search import SummedSearch
 from dager_tutorial.server.decoder.summed.weighing import Scale
 from dager_tutorial.server.pairs import Forms

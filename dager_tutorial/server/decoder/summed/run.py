@@ -14,7 +14,7 @@ from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.decoder.summed.passage import Passage, Prefix
+from dager_tutorial.server.decoder.passage import Passage, Prefix
 from dager_tutorial.server.decoder.summed.search import Found, Goal, SummedSearch
 from dager_tutorial.server.decoder.summed.sketch import Sketch
 from dager_tutorial.server.decoder.summed.spectra import spectra_of, summed_taps

@@ -21,7 +21,7 @@ from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.front import Extension, FirstBlock
-from dager_tutorial.server.decoder.summed.passage import Cache, Passage, Prefix, Rows
+from dager_tutorial.server.decoder.passage import Cache, Passage, Prefix, Rows
 from dager_tutorial.server.decoder.summed.sketch import Sketch
 from dager_tutorial.server.decoder.summed.weighing import Judges, Scale, screened
 from dager_tutorial.server.subspace import Span

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.attention import attend, mix, scores, weights
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, QKV, Tap
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, Tap
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.front import Extension
@@ -124,12 +124,14 @@ class Passage:
         adapter: The architecture.
         readers: The taps that are read, and what is kept of the vectors there.
         budget: What intermediate results may cost.
+        blocks: How many blocks extensions go through; None for all.
     """
 
     adapter: DecoderAdapter
     readers: Mapping[Tap, Reader]
     budget: Budget
-    _taps: dict[tuple[int, str], Tap] = field(default_factory=dict)
+    blocks: int | None = None
+    _taps: dict[tuple[int, str], Tap] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Index the taps by their places."""
@@ -139,7 +141,7 @@ class Passage:
         """The cache of one prefix without tokens."""
         adapter = self.adapter
         shape = (1, 0, adapter.num_key_heads, adapter.head_width)
-        nothing = tuple(adapter.first_input.tokens.new_empty(shape) for _ in range(adapter.num_blocks))
+        nothing = tuple(adapter.first_input.tokens.new_empty(shape) for _ in range(self.depth))
         return Cache(nothing, nothing)
 
     def random(self, cache: Cache, pool: Int[Tensor, " pool"], position: int, generator: torch.Generator) -> Rows:
@@ -190,9 +192,14 @@ class Passage:
         return self._attended(rows, 0, extension.key[choice], extension.value[choice], attended)
 
     @property
+    def depth(self) -> int:
+        """How many blocks extensions go through."""
+        return self.adapter.num_blocks if self.blocks is None else min(self.blocks, self.adapter.num_blocks)
+
+    @property
     def halves(self) -> int:
         """How many half blocks there are: each block's attention, then its MLP, which the last block needs no more."""
-        return 2 * self.adapter.num_blocks - 1
+        return 2 * self.depth - (self.depth == self.adapter.num_blocks)
 
     def through(self, rows: Rows, cache: Cache, halves: int) -> Rows:
         """Extensions behind so many half blocks, in chunks that memory allows.
@@ -240,11 +247,11 @@ class Passage:
     def _mlp(self, rows: Rows, block: int) -> Rows:
         """Extensions behind a block's MLP."""
         adapter = self.adapter
-        hidden = adapter.after_mlp(block, rows.hidden, adapter.mlp_input(block, rows.hidden))
-        evidence = rows.evidence
+        activated, hidden = adapter.through_mlp(block, rows.hidden, adapter.mlp_input(block, rows.hidden))
+        evidence = [*rows.evidence, *self._read(block, MLP_OUTPUT, activated)]
         if (block + 1, QKV) in self._taps:
-            evidence = (*evidence, *self._read(block + 1, QKV, adapter.attention_input(block + 1, hidden)))
-        return replace(rows, hidden=hidden, halves=rows.halves + 1, evidence=evidence)
+            evidence += self._read(block + 1, QKV, adapter.attention_input(block + 1, hidden))
+        return replace(rows, hidden=hidden, halves=rows.halves + 1, evidence=tuple(evidence))
 
     def seen(self, block: int, position: int) -> slice:
         """Which cached keys a token sees beside its own."""
@@ -257,7 +264,7 @@ class Passage:
         return [] if tap is None else [self.readers[tap](vectors)]
 
     def grown(self, cache: Cache, rows: Rows) -> Cache:
-        """The cache of extensions that are behind all blocks."""
+        """The cache of extensions that are behind all half blocks."""
 
         def longer(past: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(torch.cat([old[rows.places], each[:, None]], 1) for old, each in zip(past, new, strict=True))

@@ -1,0 +1,87 @@
+"""The search where no gap stands below the signal: texts by how well the taps of the first blocks rank them.
+
+Chapter `12_federated`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.tap import ATTENTION_OUTPUT
+from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decoder.beams import BeamSearch
+from dager_tutorial.server.decoder.ends import likely_ends, whole_texts
+from dager_tutorial.server.decoder.found import Found, Spans, likeliest
+from dager_tutorial.server.decoder.neighbours import Neighbours
+from dager_tutorial.server.decoder.passage import Passage
+from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
+from dager_tutorial.server.decoder.tree import Tree
+from dager_tutorial.server.evidence import Evidence
+from dager_tutorial.server.outcome import Outcome
+from dager_tutorial.server.token_filter import Candidates
+from dager_tutorial.server.verdict import no_beginning, of_ranking
+
+
+def by_rank(
+    evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, last: Spans, budget: Budget
+) -> Outcome:
+    """The outcome of a search where no gap stands below the signal.
+
+    One block tells enough where little drifted, and costs little. That it did shows in the last block, at the ends.
+    """
+    clear = {tap: span for tap, span in last.items() if span.clear}
+    attended = {tap: span for tap, span in last.items() if tap.kind == ATTENTION_OUTPUT}
+    neighbours = neighbours_of(evidence, adapter, clear, candidates, budget)
+    for blocks in (1, constants().ranked_blocks):
+        tree = _tree(evidence, adapter, candidates, budget, blocks)
+        with evidence.watch.stage("search"):
+            texts = whole_texts(adapter, tree, clear, neighbours=neighbours)
+            nodes, told = likely_ends(adapter, tree, attended)
+        if told or budget.late:
+            break
+    likely = likeliest(Found(tree, texts if texts.seen else replace(texts, nodes=nodes), {}, clear))
+    if not likely.texts.nodes:
+        return likely.outcome(*no_beginning(adapter, late=budget.late))
+    return likely.outcome(*of_ranking(likely.ends, len(likely.texts.confirmed), late=budget.late))
+
+
+def _tree(evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, budget: Budget, blocks: int) -> Tree:
+    """The texts that the taps of so many blocks rank first, as a tree."""
+    present = evidence.present(*ranked_taps(adapter, blocks))
+    ranked = {tap: span for tap, span in present.items() if span.rank}
+    if not ranked:
+        return Tree()
+    # Leverages of a full span say little beside residuals, and ask for all of its directions.
+    spans = {tap: span for tap, span in ranked.items() if not span.saturated} or ranked
+    readers = {tap: Misfit(span) for tap, span in spans.items()}
+    with evidence.watch.stage("search"):
+        passage = Passage(adapter, readers, budget, blocks=blocks)
+        return BeamSearch(candidates, Ranking(passage, candidates.distinct(), budget.generator()), budget).run()
+
+
+def ranked_prefixes(
+    evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, budget: Budget
+) -> list[tuple[int, ...]]:
+    """Texts that may be there, by how well their prefixes fit where no gap stands below the signal.
+
+    Args:
+        evidence: The update's gradients.
+        adapter: The architecture.
+        candidates: Tokens that may stand at each position.
+        budget: What it may cost.
+
+    Returns:
+        Token ids of the longest prefix of each, which may go beyond its end.
+    """
+    tree = _tree(evidence, adapter, candidates, budget, blocks=1)
+    return [tree.nodes[leaf].tokens for leaf in tree.leaves()]
+
+
+def neighbours_of(
+    evidence: Evidence, adapter: DecoderAdapter, last: Spans, candidates: Candidates, budget: Budget
+) -> Neighbours | None:
+    """What proves ends where the client's steps moved the inputs; None where they did not, or no gap tells any."""
+    clear = {tap: span for tap, span in last.items() if span.clear}
+    return Neighbours(adapter, clear, candidates, budget.generator()) if evidence.drifts and clear else None
