@@ -62,7 +62,7 @@ def test_silent_rows_measure_the_noise_and_others_name_the_tokens(tiny_gpt2: Lan
 
 def test_a_text_comes_back_through_noise_and_is_certified(tiny_gpt2: LanguageModel) -> None:
     clean = client_update(tiny_gpt2, [TEXT], [1])
-    found = attack(tiny_gpt2, noised(clean, 1e-3 * length(clean) / 20))
+    found = attack(tiny_gpt2, noised(clean, 1e-3 * length(clean.gradients) / 20))
     assert found.status is Status.CERTIFIED, found.diagnosis
     assert set(found.confirmed) == truth(tiny_gpt2, [TEXT])
     assert found.labels == ((1,),)
@@ -70,7 +70,7 @@ def test_a_text_comes_back_through_noise_and_is_certified(tiny_gpt2: LanguageMod
 
 def test_an_update_that_drowns_gives_no_text(tiny_gpt2: LanguageModel) -> None:
     clean = client_update(tiny_gpt2, [TEXT, "cup young snow"], [1, 0])
-    found = attack(tiny_gpt2, noised(clean, length(clean)))
+    found = attack(tiny_gpt2, noised(clean, length(clean.gradients)))
     assert not found.sequences
     assert found.status is Status.NOISE
 
@@ -81,5 +81,5 @@ def test_nothing_false_is_confirmed_in_noise(request: pytest.FixtureRequest, nam
     texts = [TEXT, "cup young snow never listen to the wind"]
     clean = client_update(model, texts, [1, 0])
     for share in (1e-5, 1e-4, 1e-3):
-        found = attack(model, noised(clean, share * length(clean)))
+        found = attack(model, noised(clean, share * length(clean.gradients)))
         assert not set(found.confirmed) - truth(model, texts)

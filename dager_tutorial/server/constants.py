@@ -199,12 +199,8 @@ class Constants:
     tellers: int = _constant(4, "texts, or copies of one, with which the search for an unknown head begins", "chosen")
     newton_steps: int = _constant(12, "steps of Newton's method for scale and offset of an unknown head", "numerics")
     # Gaussian noise
-    uneven_noise: float = _constant(
-        1.1, "factor by which silent rows may scatter unlike white noise of one deviation", "statistics"
-    )
-    slope_ridge: float = _constant(
-        0.01, "ridge of the regression of rows on slopes, share of a mean square", "measured"
-    )
+    uneven_noise: float = _constant(1.1, "factor by which silent rows may scatter unlike white noise", "statistics")
+    slope_ridge: float = _constant(0.01, "ridge of the regression of rows on slopes, share of a square", "measured")
     outstanding: float = _constant(8.0, "deviations of the matched filter below which a text is none", "statistics")
     weakest_text: float = _constant(0.2, "share of the strongest text's S that every other one has", "chosen")
     apart: float = _constant(6.0, "deviations by which a text fits better than its neighbours", "chosen")
@@ -223,9 +219,7 @@ class Constants:
     most_equations: int = _constant(1440, "equations of a thorough one", "cost")
     fewest_equations: int = _constant(240, "equations below which a relaxation is not tried", "measured")
     queries: int = _constant(16, "known tokens whose attention is asked", "cost")
-    settled_weight: float = _constant(
-        0.9, "weight above which a position counts as known in the next round", "measured"
-    )
+    settled_weight: float = _constant(0.9, "weight above which a position is known in the next round", "measured")
     growth_rounds: int = _constant(3, "rounds in which a text grows around what is known", "cost")
     polish_directions: int = _constant(48, "random directions in which the polish measures", "cost")
     sweeps: int = _constant(3, "passes of the polish over a text", "cost")
