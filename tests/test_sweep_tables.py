@@ -163,6 +163,16 @@ def test_tables_from_the_command_line(rows, tmp_path, capsys):
     assert main(["table", str(tmp_path), "--number", "6"]) == 2
 
 
+def test_rows_of_defences_and_of_sweeps_are_not_mixed_up(rows, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "rows.jsonl"
+    other.write_text('{"key": "a", "measure": "leakage"}\n', "utf-8")
+    assert main(["table", str(tmp_path), str(other)]) == 2
+    assert "dager sweep" in capsys.readouterr().err
+    assert main(["defend", "table", str(tmp_path)]) == 2
+    assert "dager defend" in capsys.readouterr().err
+
+
 def test_figures_from_rows(rows, tmp_path):
     picture = tmp_path / "figure.svg"
     for figure in (2, 3, 4):

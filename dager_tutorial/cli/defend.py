@@ -117,6 +117,8 @@ def table(
     from dager_tutorial.evaluation.sweep.store import read_rows
 
     found = [row for path in rows for row in read_rows(path)]
+    if any("measure" not in row for row in found):
+        raise DagerError("there are rows of no defence: name what `dager defend` wrote; `dager table` reads sweeps")
     written = markdown_table(found)
     if markdown is not None:
         output.write_text(markdown, written)

@@ -82,7 +82,13 @@ def _read(places: list[Path]) -> list[Row]:
     """The rows of all places."""
     from dager_tutorial.evaluation.sweep.store import read_rows
 
-    return [row for place in places for row in read_rows(place)]
+    found = []
+    for place in places:
+        rows = read_rows(place)
+        if any("attack" not in row for row in rows):
+            raise DagerError(f"{place} holds rows of no sweep: name folders of `dager sweep`; `defend table` has others")
+        found += rows
+    return found
 
 
 def _record(view: View) -> dict[str, object]:
