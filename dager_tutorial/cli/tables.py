@@ -86,7 +86,9 @@ def _read(places: list[Path]) -> list[Row]:
     for place in places:
         rows = read_rows(place)
         if any("attack" not in row for row in rows):
-            raise DagerError(f"{place} holds rows of no sweep: name folders of `dager sweep`; `defend table` has others")
+            raise DagerError(
+                f"{place} holds rows of no sweep: name folders of `dager sweep`; `defend table` has others"
+            )
         found += rows
     return found
 
