@@ -17,8 +17,8 @@ from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, QUERY
 from dager_tutorial.server.decoder.ends import Texts, likely_ends, whole_texts
+from dager_tutorial.server.decoder.found import Found
 from dager_tutorial.server.decoder.neighbours import Neighbours
-from dager_tutorial.server.decoder.run import _Found
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.evidence import Evidence, evidence_of
 from dager_tutorial.server.token_filter import Candidates
@@ -160,7 +160,7 @@ def test_as_many_ends_as_the_rank_allows_prove_nothing_where_more_pass(
         texts = whole_texts(adapter, tree, last)
         assert (texts.crowded, len(texts.confirmed)) == (not complete, span.rank)
         only = replace(texts, nodes=tuple(sorted(texts.confirmed)))
-        assert _Found(tree, only, {}, last).ends.complete is complete
+        assert Found(tree, only, {}, last).ends.complete is complete
 
 
 def test_an_end_is_proven_where_no_neighbour_fits_and_not_where_the_text_goes_on(tiny_gpt2: LanguageModel) -> None:
