@@ -1,7 +1,7 @@
 """A ladder of changes to one update, from gentle to hard, and what an attack still reads of each.
 
-Every change is made on the update as an object, after training. The attack is the same one each time and is not told of
-the change: what stops it here need not stop an attacker who knows.
+Every change is made on the update as an object, after training. The attack is the same one each time. It is not told of
+the change, but sees noise, a grid or missing entries in the numbers; what stops it here need not stop another one.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dager_tutorial.client.batch import Truth
 from dager_tutorial.client.defenses.clipping import size
 from dager_tutorial.errors import UpdateError
-from dager_tutorial.evaluation.changes import NOISE, ROUNDING, UNCHANGED, Change
+from dager_tutorial.evaluation.changes import NOISE, UNCHANGED, Change
 from dager_tutorial.evaluation.leakage import leakage
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel, frame_ids
@@ -99,7 +99,7 @@ def climb(
             continue
         start = time.perf_counter()
         try:
-            found: Reconstruction | None = attack(model, change.make(update), head=head, config=_cost(change, config))
+            found: Reconstruction | None = attack(model, change.make(update), head=head, config=config)
         except UpdateError:  # numbers that leave the range of the rounded type, or nothing that is left to read
             found = None
         yield _rung(change, found, truth, deviation, time.perf_counter() - start)
@@ -131,12 +131,6 @@ def taken_for_true(model: LanguageModel, found: Reconstruction) -> Truth | None:
         hidden_size=model.hidden_size,
         frame=frame,
     )
-
-
-def _cost(change: Change, config: AttackConfig | None) -> AttackConfig:
-    """What the attack on a changed update may cost: no simulation gives a noised step, so that it is only searched."""
-    config = config or AttackConfig()
-    return replace(config, complete=config.complete and change.kind not in (NOISE, ROUNDING))
 
 
 def _rung(change: Change, found: Reconstruction | None, truth: Truth, deviation: float, seconds: float) -> Rung:
