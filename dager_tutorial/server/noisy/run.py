@@ -138,8 +138,27 @@ class _Search:
             strongest = max(strongest, found.value)
             self._enter(found)
             self.budget.report("completion", len(self.entries))
+        self._reviewed()
+        while len(self.entries) > 1 and not self.budget.late and not self.account.is_noise() and self._lightened():
+            pass
+
+    def _reviewed(self) -> None:
+        """Look at all texts until none changes."""
         while not self.budget.late and self._review():
             pass
+
+    def _lightened(self) -> bool:
+        """Leave out the lightest text, a near-copy of another may be, if the others explain as much without it."""
+        before, entries, signal = {**self.account.rest}, list(self.entries), self._signal()
+        lightest = min(entries, key=lambda entry: entry.weight)
+        self.account.rest = {name: each.clone() for name, each in before.items()}
+        self.account.take(lightest._replace(weight=-lightest.weight))
+        self.entries = [entry for entry in entries if entry is not lightest]
+        self._reviewed()
+        if self._signal() < signal:
+            return True
+        self.account.rest, self.entries, self.certain = before, entries, []
+        return False
 
     def _climb(self) -> Climb:
         return Climb(Matched(self.account.simulator, self.account.rest), self.tokens, self.budget)
@@ -159,17 +178,30 @@ class _Search:
         self.entries.append(entry)
 
     def _review(self) -> bool:
-        """Look at every text again, all others taken off; whether any changed."""
+        """Look at every text again, all others taken off; whether any changed.
+
+        What came from a beginning that is like two texts may climb to one that is there already: it is none.
+        """
         before = [(entry.tokens, entry.label) for entry in self.entries]
-        self.certain = []
-        for place, entry in enumerate(list(self.entries)):
+        looked_at, self.entries, self.certain = self.entries, [], []
+        for entry in looked_at:
             self.account.take(entry._replace(weight=-entry.weight))
             climb = self._climb()
             text = climb.run(climb.best([entry.tokens]))
-            self.entries[place] = Entry(text.tokens, text.label, text.weight)
-            self.account.take(self.entries[place])
+            if self._joined(text):
+                continue
+            self._enter(text)
             self.certain.append(self._apart(climb, text))
         return before != [(entry.tokens, entry.label) for entry in self.entries]
+
+    def _joined(self, text: Text) -> bool:
+        """Whether a text is there already, to which it is added."""
+        for place, entry in enumerate(self.entries):
+            if (entry.tokens, entry.label) == (text.tokens, text.label):
+                self.account.take(entry._replace(weight=text.weight))
+                self.entries[place] = entry._replace(weight=entry.weight + text.weight)
+                return True
+        return False
 
     def _apart(self, climb: Climb, text: Text) -> bool:
         """Whether a text could not be missing unseen, and fits better than its neighbours by more than noise makes.
