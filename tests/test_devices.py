@@ -11,6 +11,7 @@ from far_device import Far, FarDevice
 from helpers import every, searched
 
 from dager_tutorial.client import step
+from dager_tutorial.client.batch import read_batch
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.defended import Protection, play_defended
 from dager_tutorial.client.defenses.pruning import Pruning
@@ -19,7 +20,6 @@ from dager_tutorial.client.step import client_update
 from dager_tutorial.models import tap
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.inspection import inspect_update
-from dager_tutorial.update import Update
 
 TEXTS = ["the dog is good", "a cat and the animal", "the boy had no idea"]
 MODELS = every("tiny_gpt2", "tiny_llama", "mistral", "tiny_bert", "tiny_distilbert", "tiny_roberta")
@@ -76,22 +76,20 @@ def test_the_attack_on_a_defended_update_runs_there_too(
 
 @MODELS
 @pytest.mark.parametrize("task", ["classification", "training"])
-def test_the_clients_loss_is_computed_where_the_model_lies(
-    task: str, model: LanguageModel, there: FarDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_clients_loss_is_computed_where_the_model_lies(task: str, model: LanguageModel, there: FarDevice) -> None:
     config = ClientConfig(task=task if task == "classification" else _training(model))
-    losses = []
-
-    def kept(loss: torch.Tensor, shared: dict, share: str) -> dict:
-        losses.append(loss.detach())
-        return {"none": torch.ones(1)}
-
-    monkeypatch.setattr(step, "_gradients", kept)
-    assert isinstance(client_update(model, TEXTS, config=config), Update)
+    near = _loss(model, config)
     with there, torch.no_grad():
-        client_update(there.move(model), TEXTS, config=config)
-        assert losses[1].device == there.device
-        torch.testing.assert_close(losses[1].cpu(), losses[0])
+        far = _loss(there.move(model), config)
+        assert far.device == there.device
+        torch.testing.assert_close(far.cpu(), near)
+
+
+def _loss(model: LanguageModel, config: ClientConfig) -> torch.Tensor:
+    batch = read_batch(model, TEXTS, None, config)
+    network = step.ready(model, batch, config)
+    with step.training(network, config):
+        return step.loss_of(network, batch, config).detach()
 
 
 def _training(model: LanguageModel) -> str:

@@ -167,13 +167,24 @@ def gradients_of(network: Ready, batch: PrivateBatch, config: ClientConfig) -> d
     Raises:
         DagerError: The loss depends on none of them.
     """
-    client, adapter, shared = network
-    padded = pad(batch, client.config.pad_token_id, config.padding_side, client.device)
-    loss = batch_loss(client, adapter, padded, batch.labels, config)
+    loss, shared = loss_of(network, batch, config), network.shared
     if not loss.requires_grad:
         raise DagerError(f"the loss depends on no parameter of share {quote(config.share)}: share others")
     found = torch.autograd.grad(loss, list(shared.values()), allow_unused=True)
     return {name: gradient.detach().cpu() for name, gradient in zip(shared, found, strict=True) if gradient is not None}
+
+
+def loss_of(network: Ready, batch: PrivateBatch, config: ClientConfig) -> Tensor:
+    """The loss of a batch, where the network lies.
+
+    Args:
+        network: The client's, in `training`.
+        batch: The texts.
+        config: What the client does.
+    """
+    client = network.client
+    padded = pad(batch, client.config.pad_token_id, config.padding_side, client.device)
+    return batch_loss(client, network.adapter, padded, batch.labels, config)
 
 
 def trainee(

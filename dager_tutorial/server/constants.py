@@ -94,6 +94,7 @@ class Constants:
     kept_weights: float = _constant(
         0.5, "share of the weights that a mask must leave as they are", "measured: true .7 to 1, false below .45"
     )
+    quiet_row: float = _constant(1e-4, "size of an embedding's row over the largest below which it is none", "chosen")
     masked_rounding: float = _constant(
         1e-6, "share of a usual entry of the embedding gradient below which a mask made it zero", "numerics"
     )

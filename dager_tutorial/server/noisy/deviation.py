@@ -66,6 +66,7 @@ def outstanding(gradient: Float[Tensor, "rows width"], deviation: float) -> Int[
         int64, sorted.
 
     Example:
+        >>> import torch
         >>> draw = torch.Generator().manual_seed(0)
         >>> rows = torch.randn(1000, 64, generator=draw)
         >>> rows[[3, 70]] += 2.0
