@@ -156,12 +156,11 @@ def _duration(seconds: float) -> str:
 def _line(row: Row) -> str:
     """One row in one line."""
     what = f"{row['model']}  {row['corpus']}  B={row['batch_size']}  seed={row['seed']}  {row['attack']}"
-    others = [f"{name}={value}" for name, value in row.items() if name.partition(".")[0] in OPTIONS and "." in name]
+    from dager_tutorial.evaluation.sweep.cells import options_of
+
+    others = [f"{name}={value}" for name, value in options_of(row).items()]
     if row["error"] is not None:
         came = f"error: {row['error']}"
     else:
         came = f"R1={row['rouge1']:.3f}  exact={row['exact']:.3f}  {row['status']}  {row['seconds.attack']:.1f} s"
     return printable("  ".join([what, *others, came]))
-
-
-OPTIONS = ("model", "client", "training", "adapter", "defence", "attack")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dager_tutorial.client.defenses.noise import SEED
+from dager_tutorial.client.defenses.noise import generator
 from dager_tutorial.errors import DagerError
 
 
@@ -43,7 +43,7 @@ def dropping(network: PreTrainedModel, probability: float, seed: int) -> Iterato
         for module, name, _ in before:
             setattr(module, name, probability)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed((SEED + seed) % 2**63)
+            torch.manual_seed(generator(seed).initial_seed())
             yield
     finally:
         for module, name, value in before:

@@ -22,7 +22,6 @@ from dager_tutorial.evaluation.ladder import UNREADABLE
 from dager_tutorial.evaluation.leakage import Leakage, leakage
 from dager_tutorial.evaluation.sweep.attacker import Attacker, Received
 from dager_tutorial.evaluation.sweep.attackers import ATTACKERS
-from dager_tutorial.models import adapter_for
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.budget import AttackConfig
 
@@ -101,9 +100,7 @@ def leakage_row(
     start = time.perf_counter()
     sent = _sent(model, batch, cell, config)
     row = {"tokens": sent.truth.n_tokens, "client_seconds": time.perf_counter() - start} | sent.to_json()
-    options: dict[str, Any] = {"rank_cutoff": PAPER_CUTOFF}
-    if not adapter_for(model.network).causal:
-        options |= {"cap": TEXTS_OF_A_LENGTH, "time_budget": limits.time_budget}
+    options = {"rank_cutoff": PAPER_CUTOFF, "cap": TEXTS_OF_A_LENGTH, "time_budget": limits.time_budget}
     received = Received(model, sent.update, head_of(config, sent.truth.labels), sent.truth)
     for name, attacker, given in (("adaptive", "dager", limits), ("fixed", "textbook", options)):
         row |= _gone(received, ATTACKERS[attacker], given).to_json(f"{name}_")

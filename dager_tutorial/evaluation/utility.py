@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dager_tutorial.client.batch import PrivateBatch, pad, read_batch
+from dager_tutorial.client.batch import PrivateBatch, mini_batches, pad, read_batch
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.constraints import Within, check_options, option
 from dager_tutorial.client.defenses.chain import Left, protected
@@ -87,7 +87,7 @@ def utility_row(
     asked = cell.protection.privacy
     counted = None if asked is None else accounted(replace(asked, sample_rate=rate, steps=how.steps))
     with training(network, config):
-        sent = list(_learn(whole, network, batch, config, cell, counted, how))
+        sent = list(_learn(network, batch, config, cell, counted, how))
     right = _right(whole, network, _batch(whole, tests, config), config)
     return {
         "right": right,
@@ -115,7 +115,6 @@ def _trainable(model: LanguageModel, network: Ready, cell: Cell) -> Ready:
 
 
 def _learn(
-    model: LanguageModel,
     network: Ready,
     batch: PrivateBatch,
     config: ClientConfig,
@@ -164,8 +163,7 @@ def _part(batch: PrivateBatch, places: Sequence[int]) -> PrivateBatch:
 def _right(model: LanguageModel, network: Ready, tests: PrivateBatch, config: ClientConfig) -> int:
     """How many texts the network puts in their class, in evaluation mode."""
     right = 0
-    for start in range(0, len(tests.texts), TEST_BATCH):
-        part = _part(tests, range(start, min(start + TEST_BATCH, len(tests.texts))))
+    for part in mini_batches(tests, TEST_BATCH):
         padded = pad(part, network.client.config.pad_token_id, config.padding_side, model.device)
         places = network.adapter.position_ids(padded.mask)
         logits = network.client(input_ids=padded.ids, attention_mask=padded.mask, position_ids=places).logits

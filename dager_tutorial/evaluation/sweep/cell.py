@@ -17,6 +17,7 @@ from dager_tutorial.client.batch import Truth
 from dager_tutorial.client.defended import Defended, play_defended
 from dager_tutorial.client.step import head_of
 from dager_tutorial.data import load_texts, sample_batch
+from dager_tutorial.evaluation.leakage import false_confirmed
 from dager_tutorial.evaluation.metrics import score, wanted
 from dager_tutorial.evaluation.rows import distinct_rows
 from dager_tutorial.evaluation.sweep.attacker import Received
@@ -108,7 +109,7 @@ def _scores(found: Reconstruction, truth: Truth, *, causal: bool) -> dict[str, A
         "status": found.status.value,
         **numbers,
         "false": len(set(found.sequences) - there),
-        "false_confirmed": len(set(found.confirmed) - there),
+        "false_confirmed": false_confirmed(found, truth),
         "rows": distinct_rows(truth.sequences, causal=causal),
         "rank": next(iter(found.ranks.values()), None),
         "width": points.hidden_size,

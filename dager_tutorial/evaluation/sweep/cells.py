@@ -17,6 +17,9 @@ Cell = dict[str, Any]
 AXES = ("model", "corpus", "batch_size", "attack", "seed")
 """What every cell has, besides options."""
 
+OPTIONS = ("model", "client", "training", "adapter", "defence", "attack")
+"""Groups of options that a cell may have."""
+
 
 def key_of(cell: Mapping[str, Any]) -> str:
     """What a cell is known by: the same for the same values, in whatever order they were asked for.
@@ -43,6 +46,15 @@ def group_of(cell: Mapping[str, Any], group: str) -> dict[str, Any]:
         {'blocks': 3}
     """
     return {name.removeprefix(f"{group}."): value for name, value in cell.items() if name.startswith(f"{group}.")}
+
+
+def options_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a row's cell, by dotted names.
+
+    Args:
+        row: A row of a sweep.
+    """
+    return {name: value for name, value in row.items() if "." in name and name.partition(".")[0] in OPTIONS}
 
 
 def distinct(cells: Iterable[Cell]) -> dict[str, Cell]:

@@ -19,7 +19,7 @@ from dager_tutorial.client.private import Privacy
 from dager_tutorial.errors import DagerError
 from dager_tutorial.evaluation.sweep.attacker import Attacker
 from dager_tutorial.evaluation.sweep.attackers import ATTACKERS
-from dager_tutorial.evaluation.sweep.cells import AXES, Cell, group_of
+from dager_tutorial.evaluation.sweep.cells import AXES, OPTIONS, Cell, group_of
 
 MODEL = ("blocks", "seed", "stream")
 """Options of `zoo.names.load_model` that a cell may have."""
@@ -63,7 +63,7 @@ def plan_of(cell: Mapping[str, Any]) -> Plan:
     Raises:
         DagerError: An option is unknown or may not have its value; the message begins with its dotted name.
     """
-    known = {"model", "attack", "defence", *GROUPS}
+    known = set(OPTIONS)
     for name in cell:
         group = name.partition(".")[0]
         if group not in known and name not in AXES:

@@ -6,10 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from dager_tutorial.evaluation.sweep.cells import options_of
 from dager_tutorial.evaluation.tables.published import Published
-
-OPTIONS = ("model", "client", "training", "adapter", "defence", "attack")
-"""Groups of options that a cell of a sweep may have."""
 
 FREE = ("model.", "attack.")
 """Options that a table's cell leaves open: they are said beside the figures."""
@@ -17,15 +15,6 @@ FREE = ("model.", "attack.")
 FREE_NAMES = ("client.share",)
 
 Row = Mapping[str, Any]
-
-
-def options_of(row: Row) -> dict[str, Any]:
-    """The options of a row's cell, by dotted names.
-
-    Args:
-        row: A row of a sweep.
-    """
-    return {name: value for name, value in row.items() if "." in name and name.partition(".")[0] in OPTIONS}
 
 
 def matches(row: Row, where: Mapping[str, Any], known: Published) -> bool:
