@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers import truth
 
+from dager_tutorial.client.defenses.clipping import length
+from dager_tutorial.client.defenses.noise import Noise
 from dager_tutorial.client.step import client_update
-from dager_tutorial.evaluation.changes import length
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.attack import attack
@@ -24,12 +25,7 @@ TEXT = "we listen to the old river and my father never knew her"
 
 
 def noised(update: Update, deviation: float, seed: int = 5) -> Update:
-    draw = torch.Generator().manual_seed(seed)
-    changed = {
-        name: tensor + deviation * torch.randn(tensor.shape, generator=draw)
-        for name, tensor in update.gradients.items()
-    }
-    return replace(update, gradients=changed)
+    return replace(update, gradients=Noise(deviation)(update.gradients, torch.Generator().manual_seed(seed)))
 
 
 def test_the_filter_is_the_inner_product_with_the_gradient(tiny_gpt2: LanguageModel) -> None:

@@ -190,8 +190,9 @@ class _Search:
             text = climb.run(climb.best([entry.tokens]))
             if self._joined(text):
                 continue
+            certain = self._apart(climb, text)  # before the text is taken off: the filter sees the same tensors
             self._enter(text)
-            self.certain.append(self._apart(climb, text))
+            self.certain.append(certain)
         return before != [(entry.tokens, entry.label) for entry in self.entries]
 
     def _joined(self, text: Text) -> bool:
