@@ -23,9 +23,9 @@ from dager_tutorial.models.tap import MLP, QKV, QUERY, Tap, precise
 from dager_tutorial.server.adapter_reading import adapter_gradients, adapter_names, low_rank_span, stacked_downs
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.drift import halfway, undecayed
-from dager_tutorial.server.missing.entries import is_pruned
+from dager_tutorial.server.missing.entries import sent_as
 from dager_tutorial.server.missing.filling import Filled, filled, filled_span
-from dager_tutorial.server.missing.quantised import bits_of, grid_span, in_steps
+from dager_tutorial.server.missing.quantised import grid_span, in_steps
 from dager_tutorial.server.odds import Usual, leverage_log_odds, usual
 from dager_tutorial.server.reading import span_of
 from dager_tutorial.server.rounding import probe, rounding_errors
@@ -251,7 +251,7 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
     coarsest = max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
     maps = model.adapter if adapted else {}
     whole = update.kind == "gradient" and not maps
-    bits = bits_of(adapter, gradients) if whole else None
+    bits, pruned = sent_as(adapter, gradients, coarsest) if whole else (None, False)
     evidence = Evidence(
         adapter,
         gradients,
@@ -259,8 +259,7 @@ def evidence_of(model: LanguageModel, update: Update, watch: Stopwatch | None = 
         watch or Stopwatch(),
         maps,
         tokenizer=model.tokenizer,
-        # Numbers of 16 bits become zero where they are small: what is lost there, rounding explains.
-        pruned=whole and bits is None and torch.finfo(coarsest).bits >= 32 and is_pruned(adapter, gradients),
+        pruned=pruned,
         bits=bits,
     )
     if update.kind != "delta" or adapted or _of_one_step(evidence):

@@ -31,10 +31,9 @@ class Ledger:
         self.tap = _read_tap(evidence)
         self.eps = constants().grid_precision if evidence.bits else torch.finfo(evidence.precision).eps
         self.part = evidence.filled(self.tap) if evidence.pruned else None
-        gradient = self.tap.gradient(evidence.gradients) if self.part is None else self.part.values
-        if gradient is None or (evidence.pruned and self.part is None):
-            gradient = torch.zeros(0, 0, dtype=torch.float64)
-        self.gradient = gradient.cpu()
+        whole = None if evidence.pruned else self.tap.gradient(evidence.gradients)
+        gradient = whole if self.part is None else self.part.values
+        self.gradient = torch.zeros(0, 0, dtype=torch.float64) if gradient is None else gradient.cpu()
         self.reduction = reduction_of(self.gradient, self.eps) if self.gradient.numel() else None
         self.texts: tuple[Ids, ...] = ()
         self.counts: Counts | None = None

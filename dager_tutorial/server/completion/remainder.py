@@ -62,9 +62,10 @@ def remainder_of(
     shared = {name: received[name] for name in simulator.shared}
     rest = widened(shared)
     simulator.subtract(rest, texts, objective)
-    if simulator.pruned:  # what was not sent cannot be compared
+    bits, pruned = simulator.sent
+    if pruned:  # what was not sent cannot be compared
         rest = on_kept(rest, shared)
-    left = norm(rest) if simulator.bits is None else beyond_rounding(rest, shared, simulator.bits)
+    left = norm(rest) if bits is None else beyond_rounding(rest, shared, bits)
     return Remainder(rest, left / norm(shared))
 
 

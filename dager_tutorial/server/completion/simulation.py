@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -24,8 +25,7 @@ from dager_tutorial.models.heads import Head, choose_pad, with_head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import Tap, precise
 from dager_tutorial.models.training import filled_and_masked, in_dtype
-from dager_tutorial.server.missing.entries import is_pruned
-from dager_tutorial.server.missing.quantised import bits_of
+from dager_tutorial.server.missing.entries import sent_as
 from dager_tutorial.server.passes import parts_of, take_off
 from dager_tutorial.update import Update
 
@@ -75,10 +75,12 @@ class Simulator:
         self.network: PreTrainedModel = with_head(backbone, model.tokenizer, self.head)
         self.adapter: Adapter = adapter_for(backbone)
         self.shared = dict(_shared(self.network, update))
-        backbone_gradients = update.for_backbone(model.network)
-        self.bits = bits_of(self.adapter, backbone_gradients)
-        whole = self.bits is None and torch.finfo(dtype).bits >= 32
-        self.pruned = whole and is_pruned(self.adapter, backbone_gradients)
+        self._update, self._dtype = update, dtype
+
+    @cached_property
+    def sent(self) -> tuple[int | None, bool]:
+        """With how many bits the update was sent, and whether with some of its entries only (`entries.sent_as`)."""
+        return sent_as(self.adapter, self._update.for_backbone(self.model.network), self._dtype)
 
     def _padded(self, texts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Token ids and mask of texts, padded on the right."""

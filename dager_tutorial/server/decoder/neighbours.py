@@ -47,10 +47,8 @@ class Neighbours:
         Args:
             node: The text.
         """
-        tree, own = Tree(), None
-        for token in node.tokens:
-            own = self._grown(tree, own, (token,), node.start)
-        assert own is not None, "a text has tokens"
+        tree = Tree()
+        own = self._grown(tree, None, node.tokens, node.start)
         before = tree.nodes[own].parent
         others = [*self._longer(tree, own), *self._replaced(tree, node), *([] if before is None else [before])]
         ratios = last_ratios(self.adapter, tree, tree.leaves(), self.last)

@@ -34,7 +34,8 @@ def by_rank(
     clear = {tap: span for tap, span in last.items() if span.clear}
     attended = {tap: span for tap, span in last.items() if tap.kind == ATTENTION_OUTPUT}
     neighbours = neighbours_of(evidence, adapter, clear, candidates, budget)
-    for blocks in (1, constants().ranked_blocks):
+    deepest = max(1, min(constants().ranked_blocks, adapter.num_blocks - 1))  # of the last block its input counts
+    for blocks in sorted({1, deepest}):
         tree = _tree(evidence, adapter, candidates, budget, blocks)
         with evidence.watch.stage("search"):
             texts = whole_texts(adapter, tree, clear, neighbours=neighbours)

@@ -22,7 +22,8 @@ from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, Ta
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.front import Extension, FirstBlock
 from dager_tutorial.server.decoder.passage import Cache, Passage, Rows
-from dager_tutorial.server.odds import MEDIAN_TO_DEVIATION, usual
+from dager_tutorial.server.decoder.summed.weighing import Scale
+from dager_tutorial.server.odds import usual
 from dager_tutorial.server.subspace import Span
 
 
@@ -104,9 +105,8 @@ class Chance:
     @classmethod
     def of(cls, false: Float[Tensor, "false taps"], weights: Float[Tensor, " taps"]) -> Chance:
         """Measure a sample of false extensions, of which a few may be anything."""
-        centre = false.median(0).values
-        spread = (MEDIAN_TO_DEVIATION * (false - centre).abs().median(0).values).clamp(min=1e-6)
-        return cls(centre, spread, (false - centre) / spread, weights)
+        scale = Scale.of(false)
+        return cls(scale.centre, scale.spread, (false - scale.centre) / scale.spread, weights)
 
     def deviating(self, misfits: Float[Tensor, "rows known"]) -> Float[Tensor, "rows known"]:
         """By how many deviations rows fit worse (negative: better) at the taps known so far."""

@@ -80,8 +80,8 @@ def dropout_rate(evidence: Evidence) -> float | None:
     Args:
         evidence: The update's gradients.
     """
-    sums = _tables(evidence)
-    if sums is None or evidence.pruned or evidence.bits or evidence.drifts:
+    sums = None if evidence.pruned or evidence.bits or evidence.drifts else _tables(evidence)
+    if sums is None:
         return None
     loud = sums[0].sizes > constants().quiet_row * sums[0].sizes.max()  # a moment's difference leaves rounding
     shares = sums[0].shares[loud]
@@ -143,8 +143,7 @@ class _Reader:
     def round(self) -> Iterator[Row]:
         """Every row that stands alone in the gradient of its token or its position."""
         for one, other, by_token in ((self.tokens, self.positions, True), (self.positions, self.tokens, False)):
-            for place in range(len(one.ids)):
-                silent = one.silent[place]
+            for place, silent in enumerate(one.silent):
                 share = float(silent.float().mean())
                 if not self.rate**1.5 < share < 1 - (1 - self.rate) / 4:  # two rows are silent together at rate^2
                     continue

@@ -17,6 +17,21 @@ from torch import Tensor
 from dager_tutorial.models.adapter import Adapter
 from dager_tutorial.models.tap import KINDS
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.missing.quantised import bits_of
+
+
+def sent_as(adapter: Adapter, gradients: Mapping[str, Tensor], precision: torch.dtype) -> tuple[int | None, bool]:
+    """With how many bits a client sent its numbers, where a grid rounds them; and whether it sent some entries only.
+
+    Numbers of 16 bits become zero where they are small: what is lost there, rounding explains.
+
+    Args:
+        adapter: The architecture.
+        gradients: Gradients by backbone parameter name.
+        precision: The coarsest dtype that the numbers show.
+    """
+    bits = bits_of(adapter, gradients)
+    return bits, bits is None and torch.finfo(precision).bits >= 32 and is_pruned(adapter, gradients)
 
 
 def is_pruned(adapter: Adapter, gradients: Mapping[str, Tensor]) -> bool:

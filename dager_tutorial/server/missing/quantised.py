@@ -98,8 +98,11 @@ def grid_span(
 
 def _on_grid(gradient: Tensor, bits: int) -> bool:
     """Whether all entries are multiples of the step."""
-    levels = in_steps(gradient, bits)
-    return bool(gradient.any()) and bool((levels - levels.round()).abs().max() < constants().off_grid)
+    step = max(step_of(gradient, bits), 1e-300)
+    parts = (precise(part) / step for part in gradient.flatten().split(2**16))  # the first tells, where there is none
+    return bool(gradient.any()) and all(
+        bool((each - each.round()).abs().max() < constants().off_grid) for each in parts
+    )
 
 
 def beyond_rounding(rest: Mapping[str, Tensor], received: Mapping[str, Tensor], bits: int) -> float:

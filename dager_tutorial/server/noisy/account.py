@@ -46,6 +46,7 @@ class Account:
         self.simulator, self.deviation = simulator, deviation
         device = simulator.network.device
         self.rest = widened({name: received[name].to(device) for name in simulator.shared})
+        self.entries = sum(each.numel() for each in self.rest.values())
 
     def take(self, entry: Entry) -> None:
         """Take a text off, or put it back where its weight is negative."""
@@ -57,10 +58,14 @@ class Account:
         """The squared length of what is left."""
         return sum(map(_square, self.rest.values()))
 
+    def signal(self) -> float:
+        """The squared length of what is left and no noise."""
+        return self.square() - self.entries * self.deviation**2
+
     def is_noise(self) -> bool:
         """Whether every tensor of what is left is as long as the noise makes it, no more and no less."""
         tensors = [(_square(each), each.numel()) for each in self.rest.values()]
-        whole = (sum(square for square, _ in tensors), sum(entries for _, entries in tensors))
+        whole = (sum(square for square, _ in tensors), self.entries)
         most = chance_quantile(constants().false_alarms / (len(tensors) + 1))
         return all(abs(self._deviations(*each)) <= most for each in (*tensors, whole))
 
@@ -70,9 +75,8 @@ class Account:
 
     def hides(self, square: float) -> bool:
         """Whether a text whose gradient has this squared length could be missing, and what is left still seem noise."""
-        entries = sum(each.numel() for each in self.rest.values())
         most = chance_quantile(constants().miss_rate)
-        return square / self.deviation**2 <= 2 * most * math.sqrt(2 * entries)
+        return square / self.deviation**2 <= 2 * most * math.sqrt(2 * self.entries)
 
 
 def _square(tensor: Tensor) -> float:

@@ -107,9 +107,9 @@ class _Search:
 
     def is_all(self, text: Ids) -> bool:
         """Whether a text, or what it climbs to, is all that there is; else it is forgotten."""
-        climb, before = self._climb(), self._signal()
+        climb, before = self._climb(), self.account.signal()
         self._enter(climb.run(climb.best([text]), thoroughly=False))
-        if self._signal() < before / 2 and not self.account.is_noise():
+        if self.account.signal() < before / 2 and not self.account.is_noise():
             self._review()
         if self.account.is_noise():
             self._review()
@@ -117,11 +117,6 @@ class _Search:
         entry = self.entries.pop()
         self.account.take(entry._replace(weight=-entry.weight))
         return False
-
-    def _signal(self) -> float:
-        """The squared length of what is left and no noise."""
-        entries = sum(each.numel() for each in self.account.rest.values())
-        return self.account.square() - entries * self.account.deviation**2
 
     def run(self, starts: Iterable[Ids]) -> None:
         """Find texts until what is left is noise, then look at each again without the others."""
@@ -149,13 +144,13 @@ class _Search:
 
     def _lightened(self) -> bool:
         """Leave out the lightest text, a near-copy of another may be, if the others explain as much without it."""
-        before, entries, signal = {**self.account.rest}, list(self.entries), self._signal()
+        before, entries, signal = {**self.account.rest}, list(self.entries), self.account.signal()
         lightest = min(entries, key=lambda entry: entry.weight)
         self.account.rest = {name: each.clone() for name, each in before.items()}
         self.account.take(lightest._replace(weight=-lightest.weight))
         self.entries = [entry for entry in entries if entry is not lightest]
         self._reviewed()
-        if self._signal() < signal:
+        if self.account.signal() < signal:
             return True
         self.account.rest, self.entries, self.certain = before, entries, []
         return False
