@@ -240,3 +240,10 @@ def _llama_config(kind: str, **shape: Any) -> PretrainedConfig:
 def _roberta_config(kind: str, **shape: Any) -> PretrainedConfig:
     """The pad token is not where RoBERTa has it."""
     return ROBERTAS[kind](**shape, intermediate_size=160, pad_token_id=5, max_position_embeddings=70)
+
+
+def saved(model, path):
+    """A checkpoint folder, as `--model` takes it."""
+    model.network.save_pretrained(path)
+    model.tokenizer.save_pretrained(path)
+    return str(path)

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from helpers import saved
 
 from dager_tutorial.cli import main
 from dager_tutorial.client.adapters import LoraConfig, hand_out
@@ -82,10 +83,7 @@ def assert_inert(written: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tiny_gpt2, tmp_path_factory):
-    place = tmp_path_factory.mktemp("checkpoint")
-    tiny_gpt2.network.save_pretrained(place)
-    tiny_gpt2.tokenizer.save_pretrained(place)
-    return str(place)
+    return saved(tiny_gpt2, tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

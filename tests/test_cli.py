@@ -10,7 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from helpers import WORDS
+from helpers import WORDS, saved
 from rich.cells import cell_len
 
 from dager_tutorial.cli import main
@@ -44,13 +44,6 @@ SCORE_KEYS = {
     "n_tokens",
     "hidden_size",
 }
-
-
-def saved(model, path):
-    """A checkpoint folder, as `--model` takes it."""
-    model.network.save_pretrained(path)
-    model.tokenizer.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from helpers import saved
 
 from dager_tutorial.cli import main
 from dager_tutorial.client.config import ClientConfig
@@ -27,13 +28,6 @@ from dager_tutorial.server.attack import attack
 TEXTS = ["the black cat under our old table", "a doctor came late again"]
 BATCH = Batch("words", 3, TEXTS, [0, 1])
 STD = ClientConfig(head_std=0.02)
-
-
-def saved(model, folder):
-    """A checkpoint folder, as `--model` takes it."""
-    model.network.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def test_clipping_and_withholding_leave_both_attackers_what_they_had_and_noise_takes_it(tiny_gpt2):

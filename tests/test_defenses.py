@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvflare.apis.dxo import DXO, DataKind
@@ -226,9 +227,7 @@ def test_dropout_zeroes_its_share_and_tells_the_server_its_strength(tiny_gpt2):
 
 
 def test_the_command_line_defends_says_so_and_tells_the_server_the_strength_alone(tiny_gpt2, tmp_path, capsys):
-    tiny_folder = str(tmp_path / "model")
-    tiny_gpt2.network.save_pretrained(tiny_folder)
-    tiny_gpt2.tokenizer.save_pretrained(tiny_folder)
+    tiny_folder = saved(tiny_gpt2, tmp_path / "model")
     made, record = tmp_path / "update.safetensors", tmp_path / "record.json"
     options = ["--clip", "0.5", "--noise", "1e-6", "--keep", "90", "--bits", "8", "--dropout", "0.1"]
     arguments = ["--model", tiny_folder, "--text", TEXTS[0], "--head-std", "0.02", *options, "--json", str(record)]

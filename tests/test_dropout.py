@@ -7,12 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import WORDS, assert_exact, random_model, truth, word_tokenizer
-from transformers import GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import GPT2Config, LlamaConfig
 
+from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.step import client_update
-from dager_tutorial.models.heads import Head, choose_pad, with_head
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.models.training import filled_and_masked, own_copy, requiring_grad
 from dager_tutorial.server.attack import attack
 from dager_tutorial.server.dropout.absolute import mask_of
 from dager_tutorial.server.dropout.rows import dropout_rate
@@ -40,24 +39,10 @@ def llama() -> LanguageModel:
     return random_model("wide-llama", config, tokenizer)
 
 
-def trained_with_dropout(model: LanguageModel, texts: list[str], rate: float = 0.1) -> Update:
+def trained_with_dropout(model: LanguageModel, texts: list[str]) -> Update:
     """One step in training mode."""
-    network: PreTrainedModel = own_copy(model.network, torch.float32)
-    client = with_head(network, model.tokenizer, Head()).train()
-    for module in client.modules():
-        for name in ("p", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, rate)
-    ids = [model.tokenizer(text)["input_ids"] for text in texts]
-    padded, mask = filled_and_masked(ids, choose_pad(client, model.tokenizer, ids), device=model.device)
-    parameters = dict(client.named_parameters())
-    torch.manual_seed(0)
-    with requiring_grad(parameters):
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        labels = torch.tensor([place % 2 for place in range(len(texts))])
-        loss = client(input_ids=padded, attention_mask=mask, position_ids=places, labels=labels).loss
-        found = torch.autograd.grad(loss, list(parameters.values()))
-    return Update({name: each.detach() for name, each in zip(parameters, found, strict=True)})
+    labels = [place % 2 for place in range(len(texts))]
+    return client_update(model, texts, labels, config=ClientConfig(dropout=0.1))
 
 
 def test_masks_in_the_embeddings_gradient_give_the_texts(gpt2: LanguageModel) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import assert_exact, random_model, truth, word_tokenizer
-from torch import Tensor
 from transformers import LlamaConfig
 
+from dager_tutorial.client.defenses.pruning import Pruning
+from dager_tutorial.client.defenses.rounding import Rounding
 from dager_tutorial.client.step import client_update
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.attack import attack
@@ -20,38 +21,16 @@ from dager_tutorial.server.missing.filling import filled
 from dager_tutorial.status import Status
 from dager_tutorial.update import Update
 
-Defence = Callable[[Tensor], Tensor]
-
-
-def kept(share: float) -> Defence:
-    """Top-k pruning: the largest entries of a tensor stay."""
-
-    def prune(tensor: Tensor) -> Tensor:
-        least = tensor.abs().flatten().topk(max(1, int(share * tensor.numel()))).values[-1]
-        return torch.where(tensor.abs() >= least, tensor, 0.0)
-
-    return prune
-
-
-def rounded(*, by_chance: bool) -> Defence:
-    """Eight bits: entries become multiples of a step, the nearest or by chance."""
-    generator = torch.Generator().manual_seed(0)
-
-    def round_off(tensor: Tensor) -> Tensor:
-        step = (tensor.abs().max() / 127).clamp(min=1e-30)
-        if not by_chance:
-            return (tensor / step).round() * step
-        return (tensor / step + torch.rand(tensor.shape, generator=generator)).floor().clamp(-127, 127) * step
-
-    return round_off
-
-
 DEFENCES = {
-    "half": kept(0.5),
-    "third": kept(0.3),
-    "nearest": rounded(by_chance=False),
-    "by chance": rounded(by_chance=True),
+    "half": Pruning(50),
+    "third": Pruning(30),
+    "nearest": Rounding("int8"),
+    "by chance": Rounding("int8", stochastic=True),
 }
+
+
+def defended(defence: str, update: Update) -> Update:
+    return Update(DEFENCES[defence](update.gradients, torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +47,7 @@ def test_a_defended_update_gives_all_texts_and_proves_them(
     wide: LanguageModel, random_texts: Callable[..., list[str]], defence: str
 ) -> None:
     texts = random_texts(3, 1)
-    sent = {name: DEFENCES[defence](each) for name, each in client_update(wide, texts, [0, 1, 1]).gradients.items()}
-    found = attack(wide, Update(sent))
+    found = attack(wide, defended(defence, client_update(wide, texts, [0, 1, 1])))
     assert_exact(found, truth(wide, texts), Status.CERTIFIED)
     assert sorted(label for labels in found.labels for label in labels) == [0, 1, 1]
 
@@ -79,11 +57,11 @@ def test_a_text_with_one_other_word_explains_less(
     wide: LanguageModel, random_texts: Callable[..., list[str]], defence: str
 ) -> None:
     texts = random_texts(2, 3, shortest=8)
-    sent = {name: DEFENCES[defence](each) for name, each in client_update(wide, texts, [0, 1]).gradients.items()}
+    sent = defended(defence, client_update(wide, texts, [0, 1]))
     true = sorted(truth(wide, texts), key=lambda ids: wide.text_of(ids) != texts[0])
-    assert unexplained_share(wide, Update(sent), true, [(0,), (1,)]) <= constants().certified
+    assert unexplained_share(wide, sent, true, [(0,), (1,)]) <= constants().certified
     other = (*true[0][:3], true[0][4], true[0][3], *true[0][5:])  # two words swapped
-    assert unexplained_share(wide, Update(sent), [other, true[1]], [(0,), (1,)]) > 100 * constants().certified
+    assert unexplained_share(wide, sent, [other, true[1]], [(0,), (1,)]) > 100 * constants().certified
 
 
 def test_too_few_entries_are_not_filled() -> None:

@@ -53,10 +53,14 @@ class DroppedSelector:
         found: list[tuple[int, int, float]] = []
         places = range(len(front.nodes)) if front.nodes else [-1]
         if front.nodes or len(self.block.beginnings(extension)):
+            fresh = self._by_head(extension.value)
+            alone = torch.stack([_outside(self.span, one[None], one[None])[0, :, 0] for one in fresh])
             for place in places:
                 if self.block.budget.late or not self._room(extension.position + 1):
                     break
-                found += [(place, choice, ratio) for choice, ratio in self._of_prefix(front, extension, place)]
+                found += [
+                    (place, choice, ratio) for choice, ratio in self._of_prefix(front, extension, place, fresh, alone)
+                ]
         like = extension.tokens
         pairs = torch.tensor([each[:2] for each in found], dtype=torch.long, device=like.device).view(-1, 2)
         return Chosen(pairs, torch.tensor([each[2] for each in found], device=like.device))
@@ -65,12 +69,13 @@ class DroppedSelector:
         """Whether any vector of a prefix's shape lies in the span that is none of its rows."""
         return length * self.block.adapter.num_heads + self.span.rank < self.span.width
 
-    def _of_prefix(self, front: Front, extension: Extension, place: int) -> list[tuple[int, float]]:
+    def _of_prefix(
+        self, front: Front, extension: Extension, place: int, fresh: Values, alone: Tensor
+    ) -> list[tuple[int, float]]:
         """The candidates that go on with a prefix, with their ratios."""
         known = self._by_head(front.values[place] if place >= 0 else extension.value[:0])
-        fresh = self._by_head(extension.value)
         before = _Rows.of(self.span, known)
-        growing, repeats = before.growing(fresh)
+        growing, repeats = before.growing(fresh, alone)
         chosen = growing | (repeats & (before.spare > 0))
         found = []
         for choice in chosen.nonzero()[:, 0].tolist():
@@ -159,9 +164,13 @@ class _Rows:
         """How many vectors lie in the span besides one for each key."""
         return int((self.outside <= constants().dropped_outside).sum()) - len(self.values)
 
-    def growing(self, fresh: Values) -> tuple[Tensor, Tensor]:
-        """Which of some values add a vector in the span, and which add nothing, as the prefix has them already."""
-        alone = torch.stack([_outside(self.span, one[None], one[None])[0, :, 0] for one in fresh])
+    def growing(self, fresh: Values, alone: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of some values add a vector in the span, and which add nothing, as the prefix has them already.
+
+        Args:
+            fresh: The values.
+            alone: Products of what each of them has outside the span in all heads (fresh x heads x heads).
+        """
         shared = _outside(self.span, self.values, fresh).flatten(0, 1)  # coordinates x fresh x heads
         rest = self.outside > constants().dropped_outside
         scales = (self.outside[rest] * self.size).sqrt()[:, None, None]
