@@ -26,6 +26,13 @@ def block_0(model: LanguageModel, memory: int = 2**29) -> FirstBlock:
     return FirstBlock.screened(adapter, directions, Budget(memory=memory))
 
 
+def every_pair(block: FirstBlock, front: Front, extension: Extension) -> Tensor:
+    """All pairs of a prefix and a candidate; where there is no prefix yet, the beginnings."""
+    if not front.nodes:
+        return block.beginnings(extension)
+    return torch.cartesian_prod(torch.arange(len(front.nodes)), torch.arange(len(extension.tokens)))
+
+
 def some_prefixes(block: FirstBlock) -> tuple[Front, list[tuple[int, tuple[int, ...]]]]:
     """A front of random prefixes with what they are: start and tokens; with absolute positions some begin late."""
     draw = torch.Generator().manual_seed(1)
@@ -33,7 +40,7 @@ def some_prefixes(block: FirstBlock) -> tuple[Front, list[tuple[int, tuple[int, 
     known: list[tuple[int, tuple[int, ...]]] = []
     for position in range(LENGTH):
         extension = block.extension(position, torch.randint(500, (7,), generator=draw))
-        pairs = block.everyone(front, extension)
+        pairs = every_pair(block, front, extension)
         if front.nodes:
             pairs = torch.cat([pairs, block.beginnings(extension)])
         pairs = pairs[torch.randperm(len(pairs), generator=draw)[:6]]
@@ -75,7 +82,7 @@ def test_three_ways_are_one_and_the_networks(model: LanguageModel, memory: int) 
     assert torch.equal(torch.cat(chunks), torch.arange(len(known)))
     whole = torch.cat([block.of_all(front, extension, places) for places in chunks])
     torch.testing.assert_close(whole, wanted, rtol=1e-4, atol=1e-5)
-    everyone = block.everyone(front, extension)
+    everyone = every_pair(block, front, extension)
     torch.testing.assert_close(by_pairs(block, front, extension, everyone), wanted.flatten(0, 1), rtol=1e-4, atol=1e-5)
     few = everyone[[0, 1, 2, 3, 4, 7, 16, 29]]  # one prefix is crowded, three are not
     torch.testing.assert_close(
@@ -116,5 +123,5 @@ def test_nothing_is_computed_once_the_time_is_spent(model: LanguageModel) -> Non
     front, _ = some_prefixes(block)
     extension = block.extension(LENGTH, torch.tensor([5, 77]))
     late = FirstBlock(block.adapter, block.directions, Budget(deadline=0.0))
-    pairs = block.everyone(front, extension)
+    pairs = every_pair(block, front, extension)
     assert not list(late.chunks(front, extension)) and not list(late.of_pairs(front, extension, pairs))

@@ -5,7 +5,7 @@ Chapter `02_attacks_that_optimise`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -71,6 +71,6 @@ def _angle(one: Tensor, other: Tensor) -> Tensor:
     return 1 - (one * other).sum() / norms.clamp(min=torch.finfo(one.dtype).tiny)
 
 
-def _total(parts: object) -> Tensor:
+def _total(parts: Iterable[Tensor]) -> Tensor:
     """The sum of scalars."""
-    return torch.stack(list(parts)).sum()  # type: ignore[call-overload]
+    return torch.stack(list(parts)).sum()

@@ -126,7 +126,7 @@ class _Lamp:
         orders = torch.stack([self._orders(text, self.options.candidates) for text in range(len(best))], 1)
         guesses = best.expand(len(orders), *best.shape).gather(2, orders[..., None].expand(-1, -1, -1, best.shape[-1]))
         best = guesses[self._distances(guesses).argmin()]
-        return best / best.norm(dim=-1, keepdim=True) * self.step.nearest.usual_norm
+        return self.step.nearest.sized(best)
 
     def _orders(self, text: int, count: int) -> Int[Tensor, "count length"]:
         """Random orders of a text's free places, the present one first."""

@@ -175,7 +175,7 @@ def normal_start(step: DummyStep, guesses: int, generator: torch.Generator, *, s
         small: Whether each vector has the mean norm of embeddings; else each entry has deviation one.
     """
     drawn = torch.randn(guesses, *step.fixed.shape, generator=generator).to(step.fixed)
-    return drawn / drawn.norm(dim=-1, keepdim=True) * step.nearest.usual_norm if small else drawn
+    return step.nearest.sized(drawn) if small else drawn
 
 
 def _labels(step: DummyStep, guesses: int, budget: Budget) -> Tensor:

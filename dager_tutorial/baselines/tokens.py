@@ -63,6 +63,14 @@ class NearestTokens:
         """The mean norm of the embeddings that texts may have."""
         return float(self.norms[self.possible].mean())
 
+    def sized(self, vectors: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Vectors at the mean norm of the embeddings.
+
+        Args:
+            vectors: None of them zero.
+        """
+        return vectors / vectors.norm(dim=-1, keepdim=True) * self.usual_norm
+
     def of(self, vectors: Float[Tensor, "rows width"]) -> Int[Tensor, " rows"]:
         """The nearest tokens (int64) by cosine.
 

@@ -131,13 +131,6 @@ class FirstBlock:
         alone = torch.arange(count, device=extension.tokens.device)
         return torch.stack([torch.full_like(alone, -1), alone], 1)
 
-    def everyone(self, front: Front, extension: Extension) -> Int[Tensor, "pairs 2"]:
-        """All pairs of a prefix and a candidate; where there is no prefix yet, the beginnings."""
-        if not front.nodes:
-            return self.beginnings(extension)
-        places = torch.arange(len(front.nodes), device=extension.tokens.device)
-        return torch.cartesian_prod(places, torch.arange(len(extension.tokens), device=places.device))
-
     def chunks(self, front: Front, extension: Extension) -> Iterator[Int[Tensor, " places"]]:
         """Prefixes whose attention with every candidate fits into memory at once; none once the time is spent."""
         adapter = self.adapter
