@@ -8,15 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dager_tutorial.baselines import PRIOR
 from dager_tutorial.baselines.prior import LanguagePrior, Prior
 from dager_tutorial.baselines.run import METHODS, Effort, attack_by
 from dager_tutorial.evaluation.priors import told_of
 from dager_tutorial.evaluation.sweep.attacker import Attacker, Found, Received, check_options
 from dager_tutorial.server.budget import AttackConfig, Budget
 from dager_tutorial.zoo.names import load_model
-
-PRIOR = "smollm2-135m"
-"""Judges LAMP's moves where no other model is named."""
 
 
 @dataclass(frozen=True)
