@@ -5,7 +5,6 @@ A grid is a mapping of axes; a file holds one, or a list of them under `grids`. 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import yaml
 
 from dager_tutorial.errors import DagerError, quote
 from dager_tutorial.evaluation.sweep.cells import Cell, distinct
+from dager_tutorial.evaluation.sweep.known import advice
 
 NEEDED = ("models", "corpora", "batch_sizes", "seeds")
 AXES = ("models", "corpora", "batch_sizes", "settings", "defences", "attacks", "seeds")
@@ -114,9 +114,7 @@ def cells_of(grids: Sequence[Raw], source: str) -> list[Cell]:
 def _cells(grid: Raw, prefix: str, mistakes: _Mistakes) -> Iterator[Cell]:
     for name in grid:
         if name not in AXES:
-            near = difflib.get_close_matches(str(name), AXES, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(AXES)}"
-            mistakes.note(f"{prefix}{name}", f"no such axis, {advice}")
+            mistakes.note(f"{prefix}{name}", f"no such axis, {advice(str(name), AXES)}")
     for name in NEEDED:
         if name not in grid:
             mistakes.note(f"{prefix}{name}", "is missing")
