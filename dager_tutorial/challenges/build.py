@@ -2,8 +2,8 @@
 
 Chapter `16_sealed_envelopes`. The folder of the set holds `envelopes.toml`, which everybody may read. The private texts
 are a TOML file that stays with the instructor: for each envelope a table `[envelope.N]` with `texts` and, where wanted,
-`labels`, `client` (options of `ClientConfig`), `training` (of `LocalTraining`), `defences` (names of `DEFENCES`, each with
-its options, in order), `noise` (a multiple of each gradient's root mean square, behind them) and `cause`.
+`labels`, `client` (options of `ClientConfig`), `training` (of `LocalTraining`), `defences` (names of `DEFENCES`, each
+with its options, in order), `noise` (a multiple of each gradient's root mean square, behind them) and `cause`.
 """
 
 from __future__ import annotations
