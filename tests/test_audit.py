@@ -252,6 +252,7 @@ def test_every_status_has_its_words():
         proven = Reconstruction(((5,),), ("a",), (1.0,), status, (Confirmation(Certainty.WHOLE),))
         said = sentences.headline(proven, None)
         assert said.severity == "severe" and ("at least" in said.sentence) is not status.claims_all
+        assert ("as long as that noise" in said.reason) is (status is Status.CERTIFIED)  # no share is left: noise is
 
 
 def test_what_was_stopped_by_the_clock_is_not_called_stopped_by_the_change():

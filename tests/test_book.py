@@ -26,6 +26,7 @@ from dager_tutorial.server.verdict import of_prefixes
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.stem[:2].isdigit()]
 LESSONS = [path for path in CHAPTERS if path.stem != "16_sealed_envelopes"]  # the last chapter is one large exercise
 PAGES = [*NOTEBOOKS, *sorted((ROOT / "book").glob("*.md"))]
@@ -99,6 +100,7 @@ def words_only(text: str) -> str:
 
 
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+all_notebooks = pytest.mark.parametrize("path", [*NOTEBOOKS, *EXAMPLES], ids=lambda path: path.stem)
 chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 lessons = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 pages = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
@@ -135,7 +137,7 @@ def test_readers_and_contributors_see_the_same_table_of_files():
     assert len(table) == len(CHAPTERS) + 1  # the last row holds what no chapter explains
 
 
-@notebooks
+@all_notebooks
 def test_a_notebook_was_run_whole_and_in_order(path):
     cells = [cell for cell in code_cells(path) if cell.source.strip()]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -147,13 +149,13 @@ def test_a_notebook_was_run_whole_and_in_order(path):
         assert failed == ("raises-exception" in tags(cell))
 
 
-@notebooks
+@all_notebooks
 def test_a_notebook_has_the_form_that_refresh_gives_it(path):
     assert tool("notebooks").dumped(tool("notebooks").normalise(read(path))) == path.read_text("utf-8")
     assert path.stat().st_size < LARGEST_FILE
 
 
-@notebooks
+@all_notebooks
 def test_cells_are_small_and_tags_are_known(path):
     for cell in read(path).cells:
         assert tags(cell) <= TAGS
@@ -163,7 +165,7 @@ def test_cells_are_small_and_tags_are_known(path):
             assert [line for line in lines if len(line) > LONGEST_LINE] == [], "the page would scroll sideways"
 
 
-@notebooks
+@all_notebooks
 def test_what_is_printed_fits_the_page(path):
     printed = [output.text for cell in code_cells(path) for output in cell.outputs if output.output_type == "stream"]
     assert [line for text in printed for line in text.splitlines() if len(line) > LONGEST_LINE] == []
@@ -440,7 +442,7 @@ def test_an_instructors_handout_has_everything_unfolded(path):
     assert shown.count('<details class="answer" open>') == len(ANSWER.findall(prose(path)))
 
 
-@notebooks
+@all_notebooks
 def test_a_draft_becomes_the_same_notebook(path):
     """What a chapter is edited as loses nothing but outputs."""
     tools = tool("notebooks")

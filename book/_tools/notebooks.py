@@ -54,7 +54,7 @@ import sys
 if "google.colab" in sys.modules:
     %pip install -q "dager-tutorial[{extras}] @ git+{url}"\
 """
-EXTRAS = {"flwr": "flower"}  # optional packages that a chapter imports, and the extras that install them
+EXTRAS = {"flwr": "flower", "opacus": "opacus"}  # optional packages that are imported, and their extras
 ANSWER = re.compile(r' *<details class="answer">.*?</details> *\n?', re.DOTALL)
 SOLUTION = {
     "jupyter": {"source_hidden": True},

@@ -2,8 +2,8 @@
 
 Chapter `16_sealed_envelopes`. The folder of the set holds `envelopes.toml`, which everybody may read. The private texts
 are a TOML file that stays with the instructor: for each envelope a table `[envelope.N]` with `texts` and, where wanted,
-`labels`, `client` (options of `ClientConfig`), `training` (of `LocalTraining`), `noise` (a multiple of each gradient's
-root mean square) and `cause`.
+`labels`, `client` (options of `ClientConfig`), `training` (of `LocalTraining`), `defences` (names of `DEFENCES`, each
+with its options, in order), `noise` (a multiple of each gradient's root mean square, behind them) and `cause`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from dager_tutorial.challenges.registry import SHIPPED, Envelope, envelopes
 from dager_tutorial.challenges.seals import SEALS, Seal, sealed, seals_text
 from dager_tutorial.client.batch import Truth
 from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.client.defenses.chain import Defence, protected
+from dager_tutorial.client.defenses.clipping import Clipping
+from dager_tutorial.client.defenses.pruning import Pruning
 from dager_tutorial.client.federated import LocalTraining, play_locally
 from dager_tutorial.client.step import play
 from dager_tutorial.errors import DagerError
@@ -32,11 +35,13 @@ from dager_tutorial.server.attack import attack
 from dager_tutorial.update import Update
 
 Private = Mapping[str, Any]
+DEFENCES: dict[str, Callable[..., Defence]] = {"clipping": Clipping, "pruning": Pruning}
+"""Defences of which nothing is drawn that a red team could draw again."""
 Maker = Callable[[LanguageModel, Envelope, Private], tuple[Update, Truth]]
 
 
 def one_step(model: LanguageModel, envelope: Envelope, private: Private) -> tuple[Update, Truth]:
-    """One step of FedSGD, with Gaussian noise on every entry where the private record says so.
+    """One step of FedSGD, with defences and Gaussian noise on every entry where the private record says so.
 
     Args:
         model: The envelope's.
@@ -45,6 +50,8 @@ def one_step(model: LanguageModel, envelope: Envelope, private: Private) -> tupl
     """
     options = {"share": envelope.share, **private.get("client", {})}
     update, truth = play(model, private["texts"], private.get("labels"), config=ClientConfig(**options))
+    chain = [DEFENCES[name](**record) for name, record in private.get("defences", {}).items()]
+    update = protected(update, chain)[0] if chain else update
     return (_noisy(update, float(private["noise"])) if "noise" in private else update), truth
 
 

@@ -112,6 +112,8 @@ def _all(found: Reconstruction) -> str:
 def _proof(found: Reconstruction) -> str:
     if found.status is Status.CERTIFIED and found.unexplained is not None:
         return f"{PROOFS[found.status]}; {100 * found.unexplained:.1g} % of it is left over, which is rounding."
+    if found.status is Status.CERTIFIED:
+        return f"{PROOFS[found.status]}, but for the noise that was added: what is left is as long as that noise."
     return PROOFS[found.status]
 
 

@@ -110,6 +110,28 @@ class Ledger:
         stacked = (torch.cat([getattr(one, name) for one in records]) for name in ("inputs", "slopes", "chances"))
         return Factors(*stacked)
 
+    def up_to_scale(self, texts: Sequence[Ids]) -> Counts | None:
+        """Labels and copies of texts, where the map's gradient may have been multiplied by any number.
+
+        A text that occurs with one label pulls this logit up and all others down, and with several copies the more.
+
+        Args:
+            texts: Token ids, each once; all that there are.
+
+        Returns:
+            None where the texts do not add up to the map's gradient. Only a simulation proves the others.
+        """
+        self._ask([text for text in texts if text not in self._factors])
+        factors = self._all(texts)
+        gradients = shares_of_all(self.gradient, factors, self.eps)
+        if gradients is None:
+            return None
+        label = gradients.argmin(1, keepdim=True)
+        each = (gradients.gather(1, label) / (factors.chances.gather(1, label) - 1)).clamp(min=0)
+        copies = (each / each.min().clamp(min=1e-300)).round().clamp(max=constants().most_copies).long()
+        labels = torch.zeros_like(gradients, dtype=torch.long).scatter(1, label, copies)
+        return Counts(int(labels.sum()), labels, factors.chances)
+
     def remainder(self) -> Remainder:
         """What remains of the update when every text that was entered is simulated and taken off.
 

@@ -176,7 +176,7 @@ class _Round:
                 certain.append(fit.shares[fit.shares * fit.slopes.norm(dim=1) > 10 * tolerance])
         return torch.cat(certain)
 
-    def whole(self, index: int, fit: Fit, predicted: int) -> _Whole:
+    def whole(self, index: int, fit: Fit, predicted: float) -> _Whole:
         """Round the shares of a row: clear where the whole numbers fit and a target more or less would not.
 
         Where they do not fit, the first token is the best guess.
@@ -209,7 +209,12 @@ class RowTargets:
 
 
 def row_targets(
-    rows: OutputRows, gradient: Float[Tensor, "inner width"], known: Sequence[Sequence[int]], precision: float
+    rows: OutputRows,
+    gradient: Float[Tensor, "inner width"],
+    known: Sequence[Sequence[int]],
+    precision: float,
+    *,
+    scaled: bool = False,
 ) -> RowTargets | None:
     """Count the targets of all rows.
 
@@ -221,6 +226,8 @@ def row_targets(
         gradient: float64, the map's gradient.
         known: Of each row tokens that are targets if all is well.
         precision: Machine epsilon of the client's dtype.
+        scaled: Whether the gradient may have been multiplied by any number. Counts then tell the number of targets, and
+            need not add up to what their shares are parts of.
 
     Returns:
         None where the rows are as many as the map has inputs, or none is clear.
@@ -235,6 +242,7 @@ def row_targets(
         predicted = predicted or common_measure(look.certain_shares(fits))
         if predicted is None:
             return None
+        predicted = predicted if scaled else round(predicted)
         fresh = {row: look.whole(index, fits[index], predicted) for index, row in enumerate(left)}
         found |= fresh
         clear = [row for row in left if fresh[row].clear]
@@ -244,11 +252,12 @@ def row_targets(
         left = [row for row in left if not fresh[row].clear]
     assert predicted is not None
     ordered = [found[row] for row in range(len(rows))]
-    return RowTargets([each.counts for each in ordered], [each.clear for each in ordered], predicted)
+    total = sum(sum(each.counts.values()) for each in ordered) if scaled else round(predicted)
+    return RowTargets([each.counts for each in ordered], [each.clear for each in ordered], total)
 
 
-def common_measure(shares: Float[Tensor, " shares"]) -> int | None:
-    """The least number that makes shares whole: the number of all targets.
+def common_measure(shares: Float[Tensor, " shares"]) -> float | None:
+    """The least number that makes shares whole: the number of all targets, as exactly as the shares are.
 
     Args:
         shares: float64, each a whole number over that number.
@@ -257,8 +266,8 @@ def common_measure(shares: Float[Tensor, " shares"]) -> int | None:
         None where there is no share, or no number makes them whole.
 
     Example:
-        >>> common_measure(torch.tensor([0.4, 0.2000001, 0.4], dtype=torch.float64))
-        5
+        >>> round(common_measure(torch.tensor([0.4, 0.2000001, 0.4], dtype=torch.float64)), 4)
+        5.0
     """
     if not len(shares):
         return None
@@ -267,5 +276,5 @@ def common_measure(shares: Float[Tensor, " shares"]) -> int | None:
         whole = (shares / least * copies).round()
         errors = (shares / least * copies - whole).abs()
         if (errors <= constants().coarsest_count * whole.clamp(max=copies)).all():
-            return int((whole / shares).median().round())
+            return float((whole / shares).median())
     return None

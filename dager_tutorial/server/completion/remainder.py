@@ -69,6 +69,49 @@ def remainder_of(
     return Remainder(rest, left / norm(shared))
 
 
+class Scaled(NamedTuple):
+    """What simulated texts leave of an update whose tensors were multiplied by numbers that nobody told.
+
+    Attributes:
+        share: The norm of what is left over that of the update.
+        least: The smallest of the factors.
+        most: The largest of them.
+    """
+
+    share: float
+    least: float
+    most: float
+
+
+def scaled_remainder_of(
+    simulator: Simulator, received: Mapping[str, Tensor], texts: Sequence[Ids], objective: Objective
+) -> Scaled:
+    """Simulate texts and compare them with a clipped update, each tensor times the factor that leaves least of it.
+
+    A factor for millions of numbers makes up for no text that is missing, and none is negative.
+
+    Args:
+        simulator: Repeats the client's step.
+        received: The update's gradients by its names.
+        texts: Token ids.
+        objective: The client's loss on them.
+    """
+    shared = {name: received[name] for name in simulator.shared}
+    minus = {name: torch.zeros_like(each) for name, each in widened(shared).items()}
+    simulator.subtract(minus, texts, objective)
+    if simulator.sent[1]:
+        minus = on_kept(minus, shared)
+    left, factors = [0.0], []
+    for name, each in minus.items():
+        wanted = shared[name].to(each)
+        square = float(each.square().sum(dtype=torch.float64))
+        if square:
+            factors.append(max(0.0, -float((each * wanted).sum(dtype=torch.float64)) / square))
+            wanted = wanted + factors[-1] * each
+        left.append(torch.linalg.vector_norm(wanted).item())
+    return Scaled(math.hypot(*left) / norm(shared), min(factors, default=0.0), max(factors, default=0.0))
+
+
 def explains(unexplained: float, precision: torch.dtype) -> bool:
     """Whether what is left of an update is no more than the client's rounding makes of it.
 

@@ -17,6 +17,7 @@ from dager_tutorial.server.completion.guess import plausible_heads
 from dager_tutorial.server.completion.head import find_head
 from dager_tutorial.server.completion.ledger import Ledger
 from dager_tutorial.server.completion.remainder import explains
+from dager_tutorial.server.completion.scaled import behind_scale
 from dager_tutorial.server.completion.simulation import Ids, Simulator
 from dager_tutorial.server.completion.tokens import with_targets
 from dager_tutorial.server.constants import constants
@@ -57,7 +58,10 @@ def completed(
     def under(head: Head) -> Outcome | None:
         simulator = Simulator(model, update, head, evidence.precision)
         if head.task == "classification":
-            return peeled(evidence, Ledger(simulator, evidence, update.gradients), outcome, search, budget)
+            ledger = Ledger(simulator, evidence, update.gradients)
+            found = peeled(evidence, ledger, outcome, search, budget)
+            certain = found is not None and found.status is Status.CERTIFIED
+            return found if certain else behind_scale(ledger, outcome) or found
         return with_targets(simulator, update.gradients, outcome, evidence.precision)
 
     heads = [head] if head is not None else plausible_heads(update, evidence.adapter)
@@ -71,7 +75,7 @@ def completed(
 
 def _doubtful(outcome: Outcome, better: Outcome) -> bool:
     """Whether a head that was named leaves much though no text is missing: the client may have had another."""
-    return outcome.status.claims_all and better.size is None
+    return outcome.status.claims_all and better.size is None and better.status is not Status.CERTIFIED
 
 
 def _left(outcome: Outcome) -> float:

@@ -62,7 +62,12 @@ class TargetCounts:
 
 
 def next_token_targets(
-    simulator: Simulator, gradients: Mapping[str, Tensor], leaves: Sequence[Ids], precision: float
+    simulator: Simulator,
+    gradients: Mapping[str, Tensor],
+    leaves: Sequence[Ids],
+    precision: float,
+    *,
+    scaled: bool = False,
 ) -> TargetCounts | None:
     """Whole texts from the prefixes that the network saw.
 
@@ -73,13 +78,14 @@ def next_token_targets(
         gradients: By the update's names.
         leaves: Prefixes that no other extends.
         precision: Machine epsilon of the client's dtype.
+        scaled: See `matching.row_targets`.
 
     Returns:
         None where the last MLP's output map was not shared, or there are as many rows as it has inputs.
     """
     tree = PrefixTree.of(leaves, repeats=simulator.adapter.first_input.positions is None)
     known = [tree.following[row] for row in tree.rows]
-    counted = _counted(simulator, gradients, leaves, list(tree.rows.values()), known, precision)
+    counted = _counted(simulator, gradients, leaves, list(tree.rows.values()), known, precision, scaled)
     if counted is None:
         return None
     ends = tree.ends(
@@ -89,7 +95,12 @@ def next_token_targets(
 
 
 def masked_targets(
-    simulator: Simulator, gradients: Mapping[str, Tensor], texts: Sequence[Ids], precision: float
+    simulator: Simulator,
+    gradients: Mapping[str, Tensor],
+    texts: Sequence[Ids],
+    precision: float,
+    *,
+    scaled: bool = False,
 ) -> TargetCounts | None:
     """What stood where a masked language model was asked.
 
@@ -98,12 +109,13 @@ def masked_targets(
         gradients: By the update's names.
         texts: Distinct texts as the network saw them.
         precision: Machine epsilon of the client's dtype.
+        scaled: See `matching.row_targets`.
 
     Returns:
         None where the last MLP's output map was not shared, or there are as many rows as it has inputs.
     """
     places = [Place(index, position) for index, text in enumerate(texts) for position in range(len(text))]
-    counted = _counted(simulator, gradients, texts, places, [()] * len(places), precision)
+    counted = _counted(simulator, gradients, texts, places, [()] * len(places), precision, scaled)
     if counted is None:
         return None
     asked: list[list[Target]] = [[] for _ in texts]
@@ -122,13 +134,14 @@ def _counted(
     places: Sequence[Place],
     known: Sequence[Sequence[int]],
     precision: float,
+    scaled: bool,
 ) -> RowTargets | None:
     """The targets of rows, in the order of the places."""
     gradient = _map_gradient(simulator, gradients)
     if gradient is None or not 0 < len(places) < len(gradient):
         return None
     rows = output_rows(simulator, texts, places)
-    return row_targets(rows, gradient, known, precision)
+    return row_targets(rows, gradient, known, precision, scaled=scaled)
 
 
 def _map_gradient(simulator: Simulator, gradients: Mapping[str, Tensor]) -> Float[Tensor, "inner width"] | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dager_tutorial.server.completion.remainder import explains, remainder_of
+from dager_tutorial.server.completion.remainder import explains, remainder_of, scaled_remainder_of
+from dager_tutorial.server.completion.scaled import explained
 from dager_tutorial.server.completion.simulation import Ids, Simulator
 from dager_tutorial.server.completion.targets import TargetCounts, masked_targets, next_token_targets, objective_of
 from dager_tutorial.server.constants import constants
@@ -30,15 +32,37 @@ def with_targets(
     Returns:
         The texts with what the loss asked for; None where the targets explain nothing of the update.
     """
+    counts = _targets(simulator, received, first, precision)
+    if counts is not None:
+        unexplained = remainder_of(simulator, received, counts.texts, objective_of(counts)).share
+        if explains(unexplained, precision):
+            return _outcome(counts, first, unexplained)
+    # Under an unknown factor counts do not tell that no text is missing: the search must have.
+    counts = _targets(simulator, received, first, precision, scaled=True) if first.status.claims_all else None
+    if counts is None:
+        return None
+    left = scaled_remainder_of(simulator, received, counts.texts, objective_of(counts))
+    if left.share > constants().certified or simulator.sent[0] is not None:
+        return None
+    return replace(_outcome(counts, first, left.share), diagnosis=explained(sum(counts.copies), left))
+
+
+def _targets(
+    simulator: Simulator,
+    received: Mapping[str, Tensor],
+    first: Outcome,
+    precision: torch.dtype,
+    *,
+    scaled: bool = False,
+) -> TargetCounts | None:
+    """The targets of what was found, if they leave no doubt.
+
+    Counts that do not add up, or rows that several sets of texts explain, prove nothing, whatever they leave.
+    """
     read = next_token_targets if simulator.head.task == "next_token" else masked_targets
-    counts = read(simulator, received, [text.tokens for text in first.texts], torch.finfo(precision).eps)
-    # Counts that do not add up, or rows that several sets of texts explain, prove nothing, whatever they leave.
-    if counts is None or not counts.texts or not counts.complete or counts.unclear:
-        return None
-    unexplained = remainder_of(simulator, received, counts.texts, objective_of(counts)).share
-    if not explains(unexplained, precision):
-        return None
-    return _outcome(counts, first, unexplained)
+    eps = torch.finfo(precision).eps
+    counts = read(simulator, received, [text.tokens for text in first.texts], eps, scaled=scaled)
+    return counts if counts is not None and counts.texts and counts.complete and not counts.unclear else None
 
 
 def _outcome(counts: TargetCounts, first: Outcome, unexplained: float) -> Outcome:

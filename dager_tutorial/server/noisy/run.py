@@ -231,9 +231,10 @@ class _Search:
         told = f"noise of deviation {self.account.deviation:.1e} on every entry: {number} found by the matched filter"
         if noise and len(self.certain) == number and all(self.certain):
             texts = self._texts({}, Certainty.WHOLE)
-            return Outcome(
-                Status.CERTIFIED, f"{told}, simulated they leave that noise and nothing else", texts, size=number
+            said = (
+                f"{told}; simulated they leave that noise, and each beats its likeliest neighbours (less than a proof)"
             )
+            return Outcome(Status.CERTIFIED, said, texts, size=number)
         if not number or before.status.claims_all:
             return before
         known = {text.tokens: text for text in before.texts if text.confirmation.certainty is Certainty.WHOLE}
