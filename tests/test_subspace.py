@@ -225,3 +225,21 @@ def test_a_gradient_of_which_few_entries_are_left_has_a_span() -> None:
         gradient[output, output % 20] = 0.5 ** (output % 20)
     span = span_of(gradient)
     assert span is not None and bool(span.strengths.isfinite().all())
+
+
+def test_maps_that_are_rounded_unequally_are_evened_until_random_vectors_fail() -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    rows, strengths = normal(30, 120), torch.logspace(0, -3.5, 30, dtype=torch.float64)
+    coarse = (normal(70, 30) * strengths) @ rows
+    coarse += (normal(70, 70) * torch.logspace(-4, -9, 70, dtype=torch.float64)) @ normal(70, 120)
+    gradient = torch.cat([coarse, (normal(60, 30) * strengths) @ rows])
+    false = normal(500, 120).float()
+    plain, evened = span_of(gradient), span_of(gradient, uneven=True)
+    assert plain is not None and evened is not None
+    assert plain.holds(rows.float()).all() and evened.holds(rows.float()).all()
+    assert evened.rank < plain.rank
+    assert not evened.holds(false).any()

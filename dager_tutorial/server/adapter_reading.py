@@ -21,8 +21,8 @@ from dager_tutorial.models.tap import Tap, precise
 from dager_tutorial.server.subspace import Span
 from dager_tutorial.update import Update
 
-Reader = Callable[[Tensor], Span | None]
-"""What reads a span off a gradient (float64, outputs x inputs)."""
+Reader = Callable[..., Span | None]
+"""What reads a span off a gradient (float64, outputs x inputs), as `span_of` does."""
 
 
 def adapter_names(weight: str) -> tuple[str, str]:
@@ -96,7 +96,7 @@ def low_rank_span(tap: Tap, gradients: Mapping[str, Tensor], maps: LowRankMaps, 
 def _of_downs(tap: Tap, gradients: Mapping[str, Tensor], maps: LowRankMaps, read: Reader) -> list[Span]:
     """The span of A's gradients."""
     gradient = stacked_downs(tap, gradients, maps)
-    span = None if gradient is None else read(gradient)
+    span = None if gradient is None else read(gradient, uneven=len(tap.parameters) > 1)
     return [] if span is None else [span]
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.decomposition import signal_of
+from dager_tutorial.server.decomposition import Signal, signal_of
 from dager_tutorial.server.subspace import Span
 
 
@@ -24,6 +24,7 @@ def span_of(
     device: torch.device | None = None,
     guess: int = 0,
     shared: Float[Tensor, " inputs"] | None = None,
+    uneven: bool = False,
 ) -> Span | None:
     """Read the span of a layer's inputs off its gradient.
 
@@ -38,6 +39,7 @@ def span_of(
         guess: About how many directions the signal may have, where something is known: it costs time if wrong.
         shared: A vector that is a part of every input and known beforehand, the bias of a norm, in units of an input's
             length. It may belong to the span where it is too weak to be seen in the gradient.
+        uneven: Whether the outputs are of several maps that are rounded unequally.
 
     Returns:
         The span, or None where the gradient is zero.
@@ -56,10 +58,11 @@ def span_of(
     matrix = gradient / gradient.norm(dim=1, keepdim=True)
     found = signal_of(matrix, precision, guess=guess)
     if found.tail.largest > constants().uneven_rounding * found.floor:
-        matrix = _evened(gradient, precision, otherwise=matrix)
+        matrix = _evened(gradient, signal_of(gradient, precision).directions, otherwise=matrix)
         found = signal_of(matrix, precision, guess=guess)
-    spectrum = {"matrix": matrix} if found.complete is None else {"known": found.complete}
-    span = Span(found.directions, found.values, found.tail, len(matrix), arithmetic, device, **spectrum)
+    span = _span(found, matrix, arithmetic, device)
+    if uneven:
+        span = _without_the_worst(gradient, span, precision)
     return span if shared is None else _with_shared(span, matrix, shared.to(matrix), precision)
 
 
@@ -89,9 +92,28 @@ def _visible(span: Span, shared: Tensor) -> bool:
     return bool(clear) or bool(span.holds(shared.float()[None].to(span.device or span.signal.device)))
 
 
-def _evened(gradient: Tensor, precision: float, otherwise: Tensor) -> Tensor:
-    """The gradient with its outputs scaled by the noise that each leaves outside a first estimate of the span."""
-    signal = signal_of(gradient, precision).directions
+def _span(found: Signal, matrix: Tensor, arithmetic: float, device: torch.device | None) -> Span:
+    spectrum = {"matrix": matrix} if found.complete is None else {"known": found.complete}
+    return Span(found.directions, found.values, found.tail, len(matrix), arithmetic, device, **spectrum)
+
+
+def _without_the_worst(gradient: Tensor, span: Span, precision: float) -> Span:
+    """The span with its outputs evened again while noise of the worst is taken for signal, so that anything passes.
+
+    No further than that a random vector lies outside, for a cut that comes near the signal turns true rows away.
+    """
+    room = constants().nearly_full * min(len(gradient), span.width)  # what fills nearly all leaves no noise to measure
+    while 0 < span.rank < room and not span.clear and span.random_ratio < constants().screen_slack * span.bound:
+        matrix = _evened(gradient, span.signal, otherwise=gradient)
+        fewer = _span(signal_of(matrix, precision, guess=span.rank), matrix, span.arithmetic, span.device)
+        if fewer.rank >= span.rank:
+            break
+        span = fewer
+    return span
+
+
+def _evened(gradient: Tensor, signal: Tensor, otherwise: Tensor) -> Tensor:
+    """The gradient with its outputs scaled by the noise that each leaves outside a first estimate of the signal."""
     noise = (gradient - (gradient @ signal) @ signal.T).norm(dim=1)
     if signal.shape[1] == gradient.shape[1] or not noise.any():  # few entries moved: nothing is left outside
         return otherwise
