@@ -242,7 +242,7 @@ def test_a_cause_comes_from_the_option_or_from_the_file(tmp_path, capsys):
     assert "5 points, full marks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", ["0", "15", "-1", "one", "999999999999999999999"])
+@pytest.mark.parametrize("number", ["0", "17", "-1", "one", "999999999999999999999"])
 def test_there_is_no_such_envelope(number, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in (["get", "--", number], ["submit", "--json", "found.json", "--", number]):
