@@ -1,4 +1,7 @@
-"""A table of the paper with our figures under the published ones; what was not run stays empty and is counted."""
+"""A table of the paper with our figures under the published ones; what was not run stays empty and is counted.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 
