@@ -122,7 +122,7 @@ def test_every_field_of_a_record_is_an_option_of_its_group():
         ({"model.layers": 1}, r"model\.layers: no such option"),
         ({"attack": "dagger"}, "attack 'dagger': no such attack, did you mean dager"),
         ({"attack.time_budget": -1.0}, r"attack\.time_budget is -1\.0"),
-        ({"attack": "textbook", "attack.cutoff": 3}, r"attack\.cutoff: no such option, there are .*rank_cutoff"),
+        ({"attack": "textbook", "attack.cutoff": 3}, r"attack\.cutoff: no such option, did you mean rank_cutoff"),
     ],
 )
 def test_wrong_options_are_refused_before_the_first_cell(option, said):

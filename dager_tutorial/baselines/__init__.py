@@ -6,3 +6,6 @@ they are not guessed) the labels. `told.Told` holds all of it. Nothing here is p
 
 Chapter `02_attacks_that_optimise`.
 """
+
+PRIOR = "smollm2-135m"
+"""Judges LAMP's moves where no other model is named."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
+from dager_tutorial.baselines import PRIOR
 from dager_tutorial.cli import display
 from dager_tutorial.cli.options import (
     BatchOptions,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from dager_tutorial.baselines.prior import Prior
     from dager_tutorial.baselines.run import Effort
 
-PRIOR = "smollm2-135m"  # what judges lamp's moves where nothing else is named
 PRIOR_HELP = f"Causal model that judges lamp's moves; {PRIOR} by default."
 
 

@@ -9,10 +9,12 @@ import typer
 from rich.table import Table
 from typer import Option
 
+from dager_tutorial.baselines import PRIOR
 from dager_tutorial.cli import display, output
-from dager_tutorial.cli.baselines import PRIOR, PRIOR_HELP, EffortOptions, load_prior
+from dager_tutorial.cli.baselines import PRIOR_HELP, EffortOptions, load_prior
 from dager_tutorial.cli.options import (
     ClientOptions,
+    Markdown,
     ModelOptions,
     OutputOptions,
     Seed,
@@ -154,9 +156,7 @@ def encoder(
 @flattened
 def sensitivity(
     *,
-    markdown: Annotated[
-        Path | None, Option("--markdown", callback=output.writable, help="Write the table as Markdown.")
-    ] = None,
+    markdown: Markdown = None,
     results: OutputOptions,
 ) -> None:
     """Attack with each of the attack's constants halved and doubled, and count what changes."""
@@ -179,9 +179,7 @@ def taps(
     model: ModelOptions,
     series: SeriesOptions,
     task: Task = "classification",
-    markdown: Annotated[
-        Path | None, Option("--markdown", callback=output.writable, help="Write the table as Markdown.")
-    ] = None,
+    markdown: Markdown = None,
     seed: Seed = 0,
     results: OutputOptions,
 ) -> None:
@@ -211,9 +209,7 @@ def priors(
     effort: EffortOptions,
     prior: Annotated[str, Option("--prior", help=PRIOR_HELP)] = PRIOR,
     time_budget: TimeBudget = None,
-    markdown: Annotated[
-        Path | None, Option("--markdown", callback=output.writable, help="Write the table as Markdown.")
-    ] = None,
+    markdown: Markdown = None,
     seed: Seed = 0,
     results: OutputOptions,
 ) -> None:

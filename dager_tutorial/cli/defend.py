@@ -14,8 +14,10 @@ from dager_tutorial.cli import output
 from dager_tutorial.cli.defenses import DefenseOptions
 from dager_tutorial.cli.options import (
     ClientOptions,
+    Markdown,
     ModelOptions,
     OutputOptions,
+    Rows,
     Seed,
     SeriesOptions,
     TimeBudget,
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from dager_tutorial.models.language_model import LanguageModel
 
 UNDEFENDED, CLIENT = DefenseOptions(), ClientOptions()
-Rows = Annotated[Path, Option("--rows", help="Folder of the rows; what is there already is not done again.")]
 
 app = typer.Typer(help="Measure what defences stop and what they cost.", no_args_is_help=True)
 
@@ -107,9 +108,7 @@ def utility(
 def table(
     *,
     rows: Read,
-    markdown: Annotated[
-        Path | None, Option("--markdown", callback=output.writable, help="Write the table as Markdown.")
-    ] = None,
+    markdown: Markdown = None,
     results: OutputOptions,
 ) -> None:
     """Put rows together: what comes back behind every defence, beside what is learned with it."""

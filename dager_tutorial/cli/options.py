@@ -32,7 +32,11 @@ Dtype = Annotated[
     Literal["float32", "float64", "bfloat16", "float16"], Option("--dtype", help="The client's precision.")
 ]
 Labels = Annotated[list[int] | None, Option("--label", help="Class of each --text, in order; 0, 1, 0, ...")]
+Markdown = Annotated[
+    Path | None, Option("--markdown", callback=output.writable, help="Write what is tabulated as Markdown.")
+]
 MaxLength = Annotated[int | None, Option("--max-length", min=1, help="Truncate texts to so many tokens.")]
+Rows = Annotated[Path, Option("--rows", help="Folder of the rows; what is there already is not done again.")]
 Seed = Annotated[int, Option("--seed", help="Seed of everything drawn: the batch, the head, the masks, the search.")]
 Share = Annotated[
     str, Option("--share", help="Gradients sent: all, attention, or parameter names joined by commas, * for anything.")
@@ -41,6 +45,7 @@ Task = Annotated[
     Literal["classification", "next_token", "masked"],
     Option("--task", help="What the client trains: next_token needs a causal model, masked a bidirectional one."),
 ]
+Threads = Annotated[int | None, Option("--threads", min=1, help="CPU threads; all cores by default.")]
 Completion = Annotated[
     bool,
     Option("--completion/--no-completion", help="Weigh, search on and prove what was found; takes a client's step."),
@@ -104,7 +109,7 @@ class ModelOptions:
         bool | None,
         Option(help="Read deeper blocks from disk each time they run; by default where the model is large for memory."),
     ] = None
-    threads: Annotated[int | None, Option("--threads", min=1, help="CPU threads; all cores by default.")] = None
+    threads: Threads = None
 
     def load(self) -> LanguageModel:
         """Load the model. The first time this takes a while, and whoever watches is told so."""

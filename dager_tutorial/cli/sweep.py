@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from typer import Argument, Option
 
 from dager_tutorial.cli import display
-from dager_tutorial.cli.options import Device, OutputOptions, flattened
+from dager_tutorial.cli.options import Device, OutputOptions, Rows, Threads, flattened
 from dager_tutorial.errors import DagerError, printable
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from dager_tutorial.evaluation.sweep.pool import Engine
     from dager_tutorial.evaluation.sweep.run import Estimate
     from dager_tutorial.evaluation.sweep.store import Row
-
-Threads = Annotated[int | None, Option("--threads", min=1, help="CPU threads; all cores by default.")]
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def sweep(
         list[str] | None,
         Option("--vary", help="An axis and its values, as batch_sizes=1,2 or models=random:gpt2; overrules GRID."),
     ] = None,
-    rows: Annotated[Path, Option("--rows", help="Folder of the rows; what is there already is not done again.")],
+    rows: Rows,
     texts: Annotated[
         Path | None, Option("--texts", help="Folder of TSV files by the names of corpora, looked into first.")
     ] = None,

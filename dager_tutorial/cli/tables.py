@@ -10,7 +10,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from dager_tutorial.cli import display, output
-from dager_tutorial.cli.options import OutputOptions, flattened
+from dager_tutorial.cli.options import Markdown, OutputOptions, flattened
 from dager_tutorial.cli.picture import drawable
 from dager_tutorial.errors import DagerError
 
@@ -31,9 +31,7 @@ def table(
     number: Annotated[
         list[int] | None, Option("--number", help="Number of a table in the paper; repeat it. All by default.")
     ] = None,
-    markdown: Annotated[
-        Path | None, Option("--markdown", callback=output.writable, help="Write the table as Markdown.")
-    ] = None,
+    markdown: Markdown = None,
     html: Annotated[
         Path | None, Option("--html", callback=output.writable, help="Write the tables as a page of HTML.")
     ] = None,

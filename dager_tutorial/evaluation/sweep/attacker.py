@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dager_tutorial.client.batch import Truth
-from dager_tutorial.errors import DagerError
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.reconstruction import Reconstruction
@@ -57,18 +56,3 @@ class Attacker(NamedTuple):
 
     read: Callable[[Mapping[str, Any]], Any]
     run: Callable[[Received, Any], Found]
-
-
-def check_options(options: Mapping[str, Any], known: set[str]) -> None:
-    """Refuse options that an attack has not.
-
-    Args:
-        options: What was asked for.
-        known: What there is.
-
-    Raises:
-        DagerError: There is no such option.
-    """
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise DagerError(f"attack.{unknown[0]}: no such option, there are {', '.join(sorted(known))}")

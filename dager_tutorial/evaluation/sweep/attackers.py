@@ -12,8 +12,9 @@ from typing import Any
 
 from dager_tutorial.errors import DagerError
 from dager_tutorial.evaluation.starts import starting_tokens
-from dager_tutorial.evaluation.sweep.attacker import Attacker, Found, Received, check_options
+from dager_tutorial.evaluation.sweep.attacker import Attacker, Found, Received
 from dager_tutorial.evaluation.sweep.earlier import EARLIER
+from dager_tutorial.evaluation.sweep.known import check_names
 from dager_tutorial.models import adapter_for
 from dager_tutorial.reconstruction import Reconstruction
 from dager_tutorial.server.attack import attack
@@ -26,7 +27,7 @@ from dager_tutorial.textbook.encoder import textbook_encoder_attack
 
 def _read_limits(options: Mapping[str, Any]) -> AttackConfig:
     named = dict(options)
-    check_options(named, {field.name for field in fields(AttackConfig)} - {"stop"})
+    check_names("attack", named, {field.name for field in fields(AttackConfig)} - {"stop"})
     if "without" in named:
         named["without"] = frozenset(named["without"])
     try:
@@ -47,7 +48,7 @@ def _read_textbook(options: Mapping[str, Any]) -> dict[str, Any]:
     known = {
         name for name, each in inspect.signature(textbook_attack).parameters.items() if each.kind is each.KEYWORD_ONLY
     }
-    check_options(options, (known | SEARCH) - {"progress"})
+    check_names("attack", options, (known | SEARCH) - {"progress"})
     EncoderSearchOptions(**{name: value for name, value in options.items() if name in SEARCH})
     return dict(options)
 
@@ -61,7 +62,7 @@ def _textbook(received: Received, options: Mapping[str, Any]) -> Found:
 
 
 def _read_thresholds(options: Mapping[str, Any]) -> dict[str, Any]:
-    check_options(options, {"threshold_0", "threshold_1"})
+    check_names("attack", options, {"threshold_0", "threshold_1"})
     return dict(options)
 
 

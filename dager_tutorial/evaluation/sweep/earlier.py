@@ -11,15 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dager_tutorial.baselines import PRIOR
 from dager_tutorial.baselines.prior import LanguagePrior, Prior
 from dager_tutorial.baselines.run import METHODS, Effort, attack_by
 from dager_tutorial.evaluation.priors import told_of
-from dager_tutorial.evaluation.sweep.attacker import Attacker, Found, Received, check_options
+from dager_tutorial.evaluation.sweep.attacker import Attacker, Found, Received
+from dager_tutorial.evaluation.sweep.known import check_names
 from dager_tutorial.server.budget import AttackConfig, Budget
 from dager_tutorial.zoo.names import load_model
-
-PRIOR = "smollm2-135m"
-"""Judges LAMP's moves where no other model is named."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class EarlierOptions:
 
 def _read(options: Mapping[str, Any]) -> EarlierOptions:
     efforts, limits, own = {field.name for field in fields(Effort)}, {"time_budget", "seed"}, {"labels", "prior"}
-    check_options(options, efforts | limits | own)
+    check_names("attack", options, efforts | limits | own)
     parts = ({name: value for name, value in options.items() if name in some} for some in (efforts, limits, own))
     effort, limit, rest = parts
     return EarlierOptions(Effort(**effort), AttackConfig(**limit), **rest)

@@ -7,7 +7,6 @@ Chapter `15_reproducing_the_paper`.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import yaml
 
 from dager_tutorial.errors import DagerError, quote
 from dager_tutorial.evaluation.sweep.cells import Cell, distinct
+from dager_tutorial.evaluation.sweep.known import advice
 
 NEEDED = ("models", "corpora", "batch_sizes", "seeds")
 AXES = ("models", "corpora", "batch_sizes", "settings", "defences", "attacks", "seeds")
@@ -116,9 +116,7 @@ def cells_of(grids: Sequence[Raw], source: str) -> list[Cell]:
 def _cells(grid: Raw, prefix: str, mistakes: _Mistakes) -> Iterator[Cell]:
     for name in grid:
         if name not in AXES:
-            near = difflib.get_close_matches(str(name), AXES, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(AXES)}"
-            mistakes.note(f"{prefix}{name}", f"no such axis, {advice}")
+            mistakes.note(f"{prefix}{name}", f"no such axis, {advice(str(name), AXES)}")
     for name in NEEDED:
         if name not in grid:
             mistakes.note(f"{prefix}{name}", "is missing")

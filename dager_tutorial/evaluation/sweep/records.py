@@ -5,7 +5,6 @@ Chapter `15_reproducing_the_paper`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,6 +22,7 @@ from dager_tutorial.errors import DagerError
 from dager_tutorial.evaluation.sweep.attacker import Attacker
 from dager_tutorial.evaluation.sweep.attackers import ATTACKERS
 from dager_tutorial.evaluation.sweep.cells import AXES, OPTIONS, Cell, group_of
+from dager_tutorial.evaluation.sweep.known import advice, check_names
 
 MODEL = ("blocks", "seed", "stream")
 """Options of `zoo.names.load_model` that a cell may have."""
@@ -70,9 +70,9 @@ def plan_of(cell: Mapping[str, Any]) -> Plan:
     for name in cell:
         group = name.partition(".")[0]
         if group not in known and name not in AXES:
-            raise DagerError(f"{name}: no such group, {_advice(group, known - {'model', 'attack'})}")
+            raise DagerError(f"{name}: no such group, {advice(group, sorted(known - {'model', 'attack'}))}")
     if cell["attack"] not in ATTACKERS:
-        raise DagerError(f"attack {cell['attack']!r}: no such attack, {_advice(cell['attack'], set(ATTACKERS))}")
+        raise DagerError(f"attack {cell['attack']!r}: no such attack, {advice(cell['attack'], sorted(ATTACKERS))}")
     model = group_of(cell, "model")
     check_names("model", model, set(MODEL))
     made = {group: _record(group, record, group_of(cell, group)) for group, record in GROUPS.items()}
@@ -132,24 +132,3 @@ def _record(group: str, record: Any, options: Mapping[str, Any]) -> Any:
         return record(**options)
     except DagerError as error:
         raise DagerError(f"{group}.{error}") from error
-
-
-def check_names(group: str, options: Mapping[str, Any], known: set[str]) -> None:
-    """Refuse options that there are not.
-
-    Args:
-        group: Their group, for the message.
-        options: What was asked for.
-        known: What there is.
-
-    Raises:
-        DagerError: There is no such option.
-    """
-    for name in options:
-        if name not in known:
-            raise DagerError(f"{group}.{name}: no such option, {_advice(name, known)}")
-
-
-def _advice(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dager_tutorial.models.tap import precise
+from dager_tutorial.server.absolute import absolute_residual
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.front import Extension, FirstBlock, Front
 from dager_tutorial.server.decoder.selector import Chosen
@@ -113,14 +114,7 @@ class DroppedSelector:
 
 def _fitted_ones(basis: Float[Tensor, "coordinates directions"]) -> float:
     """The share of coordinates at which the combination with the least absolute deviations from one is one."""
-    left = target = basis.new_ones(len(basis))
-    weights = torch.ones_like(target)
-    for step in range(constants().absolute_rounds):
-        scaled = basis * weights[:, None]
-        gram = scaled.T @ basis
-        gram.diagonal().add_(1e-12 * gram.diagonal().mean())
-        left = target - basis @ torch.linalg.solve(gram, scaled.T @ target)
-        weights = 1 / (left.abs() + max(1e-8, 0.1 * 0.6**step))
+    left = absolute_residual(basis.new_ones(len(basis)), basis)
     return float((left.abs() < constants().same_weight).float().mean())
 
 

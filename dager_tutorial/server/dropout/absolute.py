@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dager_tutorial.models.first_input import FirstInput
 from dager_tutorial.models.tap import precise
+from dager_tutorial.server.absolute import absolute_residual
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.subspace import Span
 
@@ -75,13 +76,5 @@ def mask_of(
         found: Where masks of the same sum that were found before are zero. These coordinates count more, so that
             another one of its masks costs least.
     """
-    size = target.abs().mean()
     costs = torch.where(found, constants().found_before, torch.ones_like(target))
-    weights = costs
-    left = target
-    for step in range(constants().absolute_rounds):
-        scaled = basis * weights[:, None]
-        gram = scaled.T @ basis
-        left = target - basis @ torch.linalg.solve(gram, scaled.T @ target)
-        weights = costs / (left.abs() + max(1e-8, 0.1 * 0.6**step) * size)
-    return left.abs() > target.abs() / 2
+    return absolute_residual(target, basis, costs).abs() > target.abs() / 2
