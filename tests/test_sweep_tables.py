@@ -80,6 +80,8 @@ def test_hours_and_models_that_the_paper_has_not():
     assert lines_of(view, "GPT-2, Rotten Tomatoes, DAGER")[1].cells[3] == "1 (1)"
     [line] = lines_of(view, "minilm-l6, CoLA, DAGER")
     assert line.source == "ours: minilm-l6" and line.cells[1] == "1 (1)"
+    both = [row("minilm-l6", "cola", 2), row("minilm-l6", "cola", 2, attack="textbook")]
+    assert "Of 80 published cells 0 have figures of ours" in " ".join(laid_out(table(7), both).remarks)
 
 
 def test_a_row_belongs_where_all_it_did_is_asked_for_and_nowhere_else():

@@ -1,1 +1,4 @@
-"""Sweeps: a grid of cells, one row a cell, in a store that survives a kill at any moment."""
+"""Sweeps: a grid of cells, one row a cell, in a store that survives a kill at any moment.
+
+Chapter `15_reproducing_the_paper`.
+"""

@@ -1,4 +1,7 @@
-"""What every attack of a sweep is: options that it reads, and a call on what it receives."""
+"""What every attack of a sweep is: options that it reads, and a call on what it receives.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The attacks that a sweep may run, by name: what options each takes, and the call that runs it."""
+"""The attacks that a sweep may run, by name: what options each takes, and the call that runs it.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One cell: capture an update, attack it, score what came back, and put all of it into one tidy row."""
+"""One cell: capture an update, attack it, score what came back, and put all of it into one tidy row.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 

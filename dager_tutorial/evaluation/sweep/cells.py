@@ -2,6 +2,8 @@
 
 `model` is a name, `model.blocks` an option of it, `client.dtype` a field of the client's record, and so on. A cell
 holds what was asked for and nothing else, so that a new option changes no older cell.
+
+Chapter `15_reproducing_the_paper`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a worker computes on, and how much memory it took: one GPU a worker, however workers are started."""
+"""What a worker computes on, and how much memory it took: one GPU a worker, however workers are started.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 

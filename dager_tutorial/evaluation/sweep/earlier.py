@@ -1,4 +1,7 @@
-"""The attacks that came before, for sweeps: what each is told of the batch is part of what it is."""
+"""The attacks that came before, for sweeps: what each is told of the batch is part of what it is.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 

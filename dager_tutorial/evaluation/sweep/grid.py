@@ -1,6 +1,8 @@
 """Grids: what to sweep over, from a YAML file or the command line, every mistake named with its key.
 
 A grid is a mapping of axes; a file holds one, or a list of them under `grids`. Its cells are all combinations.
+
+Chapter `15_reproducing_the_paper`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names that a sweep does not know are refused, with advice."""
+"""Names that a sweep does not know are refused, with advice (chapter `15_reproducing_the_paper`)."""
 
 from __future__ import annotations
 

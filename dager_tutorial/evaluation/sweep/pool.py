@@ -1,4 +1,7 @@
-"""Who does the cells: this process, local processes, or a cluster, all through joblib."""
+"""Who does the cells: this process, local processes, or a cluster, all through joblib.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 

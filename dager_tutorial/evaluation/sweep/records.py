@@ -1,4 +1,7 @@
-"""From a cell's options to the records that they are fields of, so that a new field of a record works here unasked."""
+"""From a cell's options to the records that they are fields of, so that a new field of a record works here unasked.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A sweep: do the cells that have no row yet, and store each row before the next is waited for."""
+"""A sweep: do the cells that have no row yet, and store each row before the next is waited for.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 One sweep at a time owns a folder. Whatever moment it is killed at, at most the line that was being written is torn;
 the next sweep sets it aside and computes its cell again.
+
+Chapter `15_reproducing_the_paper`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many local workers memory, cores and GPUs allow."""
+"""How many local workers memory, cores and GPUs allow (chapter `15_reproducing_the_paper`)."""
 
 from __future__ import annotations
 

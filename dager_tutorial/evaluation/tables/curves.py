@@ -1,4 +1,7 @@
-"""What figures 2, 3 and 4 of the paper show, from rows of a sweep: points by curve, and what was published of them."""
+"""What figures 2, 3 and 4 of the paper show, from rows of a sweep: points by curve, and what was published of them.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 

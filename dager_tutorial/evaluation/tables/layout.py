@@ -1,4 +1,7 @@
-"""A table of the paper with our figures under the published ones; what was not run stays empty and is counted."""
+"""A table of the paper with our figures under the published ones; what was not run stays empty and is counted.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 
@@ -152,10 +155,10 @@ def _compared(lines: Sequence[Line]) -> int:
     """How many published cells have a figure of ours below them."""
     number, paper, have = 0, tuple[str, ...](), set[int]()
     for line in [*lines, Line("", PAPER, ())]:
-        if line.source == PAPER:
+        if line.source == PAPER or line.about:  # lines of a model that the paper has not begin with what they are about
             number += len(have)
-            paper, have = line.cells, set()
-        elif not line.about:
+            paper, have = line.cells if line.source == PAPER else (), set()
+        else:
             have |= {place for place, cell in enumerate(line.cells) if cell and place < len(paper) and paper[place]}
     return number
 

@@ -1,4 +1,7 @@
-"""Which rows of a sweep belong into a cell of a table of the paper, and whose they are."""
+"""Which rows of a sweep belong into a cell of a table of the paper, and whose they are.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The published figures and the layout of their tables, read from the file beside this one."""
+"""The published figures and the layout of their tables, read from the file beside this one.
+
+Chapter `15_reproducing_the_paper`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables as Markdown and as a page of HTML."""
+"""Tables as Markdown and as a page of HTML (chapter `15_reproducing_the_paper`)."""
 
 from __future__ import annotations
 

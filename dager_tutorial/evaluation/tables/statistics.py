@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, printed as the paper prints them."""
+"""Means with bootstrap intervals, printed as the paper prints them (chapter `15_reproducing_the_paper`)."""
 
 from __future__ import annotations
 
