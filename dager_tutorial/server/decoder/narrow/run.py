@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,34 +35,38 @@ def text_that_explains(
         The likeliest text and whether it explains everything; None where nothing is to be explained that is known of:
         neither A's gradients, which are zero in a fresh adapter, nor those of B in a model without rotary positions.
     """
-    wanted = _of_inputs(evidence, adapter, taps) or _of_keys(evidence, adapter)
+    deepest = constants().ranked_blocks
+    read = [tap for tap in taps if tap.block < deepest or (tap.block, tap.kind) == (deepest, QKV)]
+    usual = _usual(adapter, read)
+    wanted = _of_inputs(evidence, usual) or _of_keys(evidence, adapter, usual)
     if not readable(wanted):
         return None
-    readers = dict.fromkeys(list(wanted)[1:], torch.clone)
-    return NarrowSearch(Passage(adapter, readers, budget), wanted, budget, budget.generator()).run()
+    passage = Passage(adapter, dict.fromkeys(list(wanted)[1:], torch.clone), budget, deepest)
+    return NarrowSearch(passage, wanted, budget, budget.generator()).run()
 
 
-def _of_inputs(evidence: Evidence, adapter: DecoderAdapter, taps: list[Tap]) -> dict[Tap, list[Wanted]]:
+def _of_inputs(evidence: Evidence, usual: Mapping[Tap, Tensor]) -> dict[Tap, list[Wanted]]:
     """What the gradients of A say, which are combinations of the taps' inputs."""
-    gradients = {tap: each for tap in taps if (each := evidence.of_downs(tap)) is not None and bool(each.any())}
-    usual, precision = _usual(adapter, list(gradients)), torch.finfo(evidence.precision).eps
+    gradients = {tap: each for tap in usual if (each := evidence.of_downs(tap)) is not None and bool(each.any())}
+    precision = torch.finfo(evidence.precision).eps
     found = {tap: Wanted.of(each, usual[tap], precision) for tap, each in gradients.items()}
     return {tap: [each] for tap, each in found.items() if len(each.directions)}
 
 
-def _of_keys(evidence: Evidence, adapter: DecoderAdapter) -> dict[Tap, list[Wanted]]:
+def _of_keys(evidence: Evidence, adapter: DecoderAdapter, usual: Mapping[Tap, Tensor]) -> dict[Tap, list[Wanted]]:
     """What the gradients of B say of a fused query, key and value: those of queries are combinations of keys.
 
     Behind rotations they are combinations of every key at every distance, too many to be told apart.
     """
     if adapter.first_input.positions is None:
         return {}
-    taps = [adapter.tap(block, QKV) for block in range(adapter.num_blocks)]
     fused = {
-        tap: evidence.gradients.get(adapter_names(tap.parameters[0])[1]) for tap in taps if len(tap.parameters) == 1
+        tap: evidence.gradients.get(adapter_names(tap.parameters[0])[1])
+        for tap in usual
+        if tap.kind == QKV and len(tap.parameters) == 1
     }
     sent = {tap: precise(each[: adapter.hidden_size]) for tap, each in fused.items() if each is not None}
-    usual, precision = _usual(adapter, list(sent)), torch.finfo(evidence.precision).eps
+    precision = torch.finfo(evidence.precision).eps
 
     def of_heads(tap: Tap) -> list[Wanted]:
         heads = sent[tap].unflatten(0, (adapter.num_heads, adapter.head_width))

@@ -91,7 +91,7 @@ class NarrowSearch:
         """The front one token longer, and which of its prefixes leave nothing."""
         rows, count = self._screened(front, position), max(len(front.prefixes), constants().beam)
         scale, scores = self._usual(front, position), front.totals
-        for halves, most in SummedSearch.stages(self.passage.adapter):
+        for halves, most in SummedSearch.stages(self.passage.halves):
             rows = self.passage.through(rows, front.cache, halves)
             scores = self._scores(front, rows, scale)
             best = scores.argsort(descending=True)[: most * count]
@@ -116,12 +116,13 @@ class NarrowSearch:
         tokens, first = self._tokens(position), next(iter(self.wanted))
         adapter, parts = self.passage.adapter, []
         vectors = adapter.attention_input(0, adapter.embed(tokens, position))
+        odds = torch.stack([_odds(each.gains_of_all(vectors)) for each in front.explained[first]]).sum(0)
         for place, prefix in enumerate(front.prefixes):
-            places = torch.full_like(tokens, place)
-            gains = _odds([each.gains(vectors, places) for each in front.explained[first]]).sum(1)
+            gains, most = odds[place], constants().narrow_screened
             if adapter.first_input.positions is None:  # a token that was there before adds nothing there, and may come
-                gains[torch.isin(tokens, tokens.new_tensor(prefix))] = math.inf
-            choice = gains.argsort(descending=True)[: constants().narrow_screened]
+                before = torch.isin(tokens, tokens.new_tensor(prefix))
+                gains, most = gains.masked_fill(before, math.inf), most + int(before.sum())
+            choice = gains.argsort(descending=True)[:most]
             parts.append(self.passage.enter(torch.full_like(choice, place), tokens[choice], position))
         return Rows.joined(parts)
 
@@ -166,9 +167,8 @@ class NarrowSearch:
     def _gains(self, front: Front, rows: Rows) -> Float[Tensor, "rows sets"]:
         """What rows would explain, at the taps so far, as log-odds."""
         vectors = self._vectors(rows)
-        return _odds(
-            [each.gains(inputs, rows.places) for tap, inputs in vectors.items() for each in front.explained[tap]]
-        )
+        gains = [each.gains(inputs, rows.places) for tap, inputs in vectors.items() for each in front.explained[tap]]
+        return _odds(torch.stack(gains, 1))
 
     def _vectors(self, rows: Rows) -> dict[Tap, Tensor]:
         """What entered the taps so far."""
@@ -177,9 +177,9 @@ class NarrowSearch:
         return dict(zip(self.wanted, (first, *rows.evidence), strict=False))
 
 
-def _odds(gains: Sequence[Float[Tensor, " rows"]]) -> Float[Tensor, "rows sets"]:
+def _odds(gains: Float[Tensor, "rows others"]) -> Float[Tensor, "rows others"]:
     """Logarithms of what is explained of a row over what is not: a true row may be explained nearly whole."""
-    return torch.stack(list(gains), 1).clamp(constants().nothing_new, 1 - constants().nothing_new).logit()
+    return gains.clamp(constants().nothing_new, 1 - constants().nothing_new).logit()
 
 
 def readable(wanted: Mapping[Tap, Sequence[Wanted]]) -> bool:

@@ -75,9 +75,9 @@ def _clear(gradient: Tensor, precision: float) -> Tensor:
 def _whitening(usual: Tensor) -> Tensor:
     """One over the root of the second moments of a sample, its weakest directions held back."""
     moments = usual.T @ usual / len(usual)
-    values, directions = torch.linalg.eigh(moments)
-    scales = (values.clamp(min=0) + constants().whitening_ridge * values.mean()).rsqrt()
-    return (directions * scales) @ directions.T
+    eye = torch.eye(len(moments)).to(moments)
+    held = torch.linalg.cholesky(moments + constants().whitening_ridge * moments.trace() / len(moments) * eye)
+    return torch.linalg.solve_triangular(held, eye, upper=False).T  # any root does: spans lie the same in all
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,22 @@ class Explained:
         seen, found = self.wanted.white(vectors), vectors.new_zeros(len(vectors))
         for place in places.unique():
             own = (places == place).nonzero()[:, 0]
-            beyond = 1 - (seen[own] @ self.basis[place].T).square().sum(1)
-            # What lies within rounding in the span of earlier rows, as a token that was there before, adds nothing.
-            explained = (seen[own] @ self.rest[place].T).square().sum(1) / beyond.clamp(min=constants().nothing_new)
-            found[own] = explained
+            found[own] = self._gains(seen[own], int(place))
         return found
+
+    def gains_of_all(self, vectors: Float[Tensor, "rows inputs"]) -> Float[Tensor, "prefixes rows"]:
+        """The same of every row behind every prefix.
+
+        Args:
+            vectors: float32, what enters the tap.
+        """
+        seen = self.wanted.white(vectors)
+        return torch.stack([self._gains(seen, place) for place in range(len(self.basis))])
+
+    def _gains(self, seen: Tensor, place: int) -> Tensor:
+        beyond = 1 - (seen @ self.basis[place].T).square().sum(1)
+        # What lies within rounding in the span of earlier rows, as a token that was there before, adds nothing.
+        return (seen @ self.rest[place].T).square().sum(1) / beyond.clamp(min=constants().nothing_new)
 
     def grown(self, vectors: Float[Tensor, "rows inputs"], places: Int[Tensor, " rows"]) -> Explained:
         """The state of prefixes with one row more.

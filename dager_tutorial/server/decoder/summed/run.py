@@ -60,7 +60,8 @@ def _search(
 ) -> SummedSearch:
     """The search, with what it has learnt."""
     generator = budget.generator()
-    stages = sorted({sum(_read(tap, halves) for tap in taps) for halves, _ in SummedSearch.stages(adapter)} - {0})
+    all_halves = 2 * adapter.num_blocks - 1
+    stages = sorted({sum(_read(tap, halves) for tap in taps) for halves, _ in SummedSearch.stages(all_halves)} - {0})
     size = (texts, _rows(adapter, candidates, texts))
     output = adapter.tap(adapter.num_blocks - 1, ATTENTION_OUTPUT)  # not shared, it does not say that all tokens count
     learnt = judges(

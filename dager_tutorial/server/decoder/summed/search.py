@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.front import Extension, FirstBlock
@@ -135,7 +134,7 @@ class SummedSearch:
         """The front one token longer."""
         rows = self._screened(front, tokens, position, scales.screen)
         count = max(len(front.prefixes), constants().fewest_prefixes)
-        for halves, most in self.stages(self.passage.adapter):
+        for halves, most in self.stages(self.passage.halves):
             rows = self.passage.through(rows, front.cache, halves)
             odds = self._extension(rows, scales.all)
             rows = rows.take(_best(odds, most * count, -constants().doubtful_odds))
@@ -151,14 +150,13 @@ class SummedSearch:
         return Front(tuple(kept.named(front.prefixes)), odds[chosen], self.passage.grown(front.cache, kept))
 
     @staticmethod
-    def stages(adapter: DecoderAdapter) -> list[tuple[int, int]]:
+    def stages(all_halves: int) -> list[tuple[int, int]]:
         """After how many half blocks extensions are judged, and how many of each prefix go on at most.
 
         Args:
-            adapter: The architecture.
+            all_halves: How many half blocks there are.
         """
         early = [(1, constants().through_attention), (2, constants().through_block), (6, constants().through_blocks)]
-        all_halves = 2 * adapter.num_blocks - 1
         return [
             *((halves, most) for halves, most in early if halves < all_halves),
             (all_halves, constants().through_blocks),
