@@ -127,9 +127,7 @@ class Constants:
     longest_repeat: int = _constant(512, "how far a repeated first token is followed while rows are missing", "cost")
     longest_repeat_in_noise: int = _constant(16, "the same where noise hides how many rows there are", "cost")
     tokens_at_once: int = _constant(512, "tokens that go through the whole network at once", "cost")
-    false_alarms: float = _constant(
-        0.01, "extensions that chance alone may keep at one position of a search by leverage", "chosen"
-    )
+    false_alarms: float = _constant(0.01, "extensions that chance alone may keep at one position", "chosen")
     widest: int = _constant(128, "prefixes of one length that a search by leverage keeps at most", "cost")
     # Decoder search by summed evidence (chapter `11_limits`)
     largest_deviation: float = _constant(6.0, "deviations beyond which a tap's evidence says no more", "measured")
@@ -155,11 +153,12 @@ class Constants:
     least_odds: float = _constant(2.5, "log-odds below which a prefix is given up", "measured")
     # Decoder search where the weights moved on the way
     ranked_sample: int = _constant(192, "random extensions that tell how badly false ones fit", "statistics")
+    familiar_rows: int = _constant(4096, "rows that tell how well tokens fit behind any prefix, at most", "cost")
     ranked: int = _constant(24, "extensions of each prefix that are carried through block 0's MLP", "cost")
-    glances: int = _constant(3, "times as many are compared there", "cost")
-    ranked_deep: int = _constant(6, "and through the blocks behind it", "cost")
+    glances: int = _constant(6, "times as many are compared there", "cost")
+    ranked_deep: int = _constant(12, "and through what lies behind block 1's attention", "cost")
     ranked_first: int = _constant(1024, "first tokens that are carried through them", "cost")
-    ranked_blocks: int = _constant(6, "blocks whose taps rank extensions", "cost")
+    ranked_blocks: int = _constant(2, "blocks whose taps rank extensions", "cost")
     garbage: float = _constant(0.05, "chance that a text's end is followed by a token that only seems to fit", "chosen")
     beside_best: float = _constant(0.6, "share of the best sibling's evidence that another one needs", "chosen")
     beside_others: float = _constant(0.4, "share of other texts' usual evidence that a text needs", "chosen")

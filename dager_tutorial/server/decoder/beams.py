@@ -101,10 +101,11 @@ class BeamSearch:
         chance = self.ranking.chance(front.cache, position)
         begun = torch.tensor([self.rows[node].root for node in front.nodes], dtype=torch.long, device=tokens.device)
         extended = self.ranking.promising(front.cache, begun, position, tokens, chance)
-        evidence = chance.evidence(extended.features())
+        misfits = self.ranking.misfits(extended)
+        evidence = chance.evidence(misfits)
         outstanding = evidence >= self._needed(len(evidence))
         if bool(outstanding.any()):
-            self.ranking.worth.learn(chance.deviating(extended.features()[outstanding]))
+            self.ranking.worth.learn(chance.deviating(misfits[outstanding]))
         made = [
             self._row(front, position, len(tokens), *each)
             for each in zip(extended.places.tolist(), extended.tokens.tolist(), evidence.tolist(), strict=True)
