@@ -101,10 +101,11 @@ class BeamSearch:
         chance = self.ranking.chance(front.cache, position)
         begun = torch.tensor([self.rows[node].root for node in front.nodes], dtype=torch.long, device=tokens.device)
         extended = self.ranking.promising(front.cache, begun, position, tokens, chance)
-        evidence = chance.evidence(extended.features())
+        misfits = self.ranking.misfits(extended)
+        evidence = chance.evidence(misfits)
         outstanding = evidence >= self._needed(len(evidence))
         if bool(outstanding.any()):
-            self.ranking.worth.learn(chance.deviating(extended.features()[outstanding]))
+            self.ranking.worth.learn(chance.deviating(misfits[outstanding]))
         made = [
             self._row(front, position, len(tokens), *each)
             for each in zip(extended.places.tolist(), extended.tokens.tolist(), evidence.tolist(), strict=True)
@@ -133,10 +134,10 @@ class BeamSearch:
         begins = made[0].parent is None
         needed = self._needed(len(made), 1.0 if begins else constants().false_alarms)
         rivals: Bool[Tensor, " rows"] = evidence >= needed
-        if not begins:
-            rivals &= evidence >= constants().beside_best * _best_of_each(places, evidence)
+        beside = torch.ones_like(rivals) if begins else _near_best(places, evidence)
+        rivals &= beside
         kept = {index for index in rivals.nonzero()[:, 0].tolist() if not made[index].doubtful}
-        order = sorted(range(len(made)), key=lambda index: -made[index].total)
+        order = sorted(beside.nonzero()[:, 0].tolist(), key=lambda index: -made[index].total)
         best: dict[int, float] = {}
         for index in order:
             best.setdefault(made[index].root, made[index].total)
@@ -235,7 +236,8 @@ class BeamSearch:
         return tree
 
 
-def _best_of_each(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """For each row the best evidence among those of its prefix."""
+def _near_best(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
+    """Which rows have about as much evidence as the best one of the same prefix."""
     best = evidence.new_full((int(places.max()) + 1,), -torch.inf)
-    return best.scatter_reduce(0, places, evidence, "amax")[places]
+    best = best.scatter_reduce(0, places, evidence, "amax")[places]
+    return evidence >= torch.minimum(best, constants().beside_best * best)

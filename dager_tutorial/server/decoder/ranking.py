@@ -12,6 +12,7 @@ as many entries as the model is wide, so that there is room outside however many
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -145,6 +146,39 @@ class Ranking:
         """Whether positions enter in the attention only."""
         return self.passage.adapter.first_input.positions is None
 
+    def misfits(self, rows: Rows) -> Float[Tensor, "rows known"]:
+        """How badly extensions fit at the taps so far, beyond what their tokens do behind any prefix.
+
+        Tokens with strong rows of their own seem to fit everywhere. What enters a text's first place is like nothing
+        else, and is not compared.
+
+        Args:
+            rows: The extensions.
+        """
+        found = rows.features()
+        if not rows.position:
+            return found
+        places = torch.searchsorted(self.batch_tokens, rows.tokens).clamp(max=len(self.batch_tokens) - 1)
+        known = (self.batch_tokens[places] == rows.tokens)[:, None]
+        return found - torch.where(known, self._anyway[places, : found.shape[1]], 0.0)
+
+    @cached_property
+    def _anyway(self) -> Float[Tensor, "tokens taps"]:
+        """How much worse than others each of the batch's tokens fits behind random prefixes; 0 where they are many."""
+        passage, tokens = self.passage, self.batch_tokens
+        count = min(constants().null_texts, constants().familiar_rows // len(tokens))
+        if not count:
+            return passage.adapter.first_input.tokens.new_zeros(len(tokens), len(passage.readers))
+        cache, places = passage.empty(), torch.zeros(count, dtype=torch.long, device=tokens.device)
+        length = min(constants().null_length, passage.adapter.max_positions - 1)
+        for position in range(length):
+            draws = torch.randint(len(tokens), (count,), generator=self.generator).to(tokens.device)
+            rows = passage.through(passage.enter(places, tokens[draws], position), cache, passage.halves)
+            cache, places = passage.grown(cache, rows), torch.arange(count, device=tokens.device)
+        each = (passage.enter(place.expand(len(tokens)), tokens, length) for place in places)
+        found = torch.stack([passage.through(rows, cache, passage.halves).features() for rows in each]).median(0).values
+        return found - found.median(0).values
+
     def chance(self, cache: Cache, position: int) -> Chance:
         """How badly extensions fit that are hardly ever true: the batch's tokens after any prefix.
 
@@ -156,7 +190,7 @@ class Ranking:
         draws = torch.randint(len(self.batch_tokens), (sample,), generator=self.generator)
         places = torch.randint(len(cache.keys[0]), (sample,), generator=self.generator).sort().values
         rows = self.passage.enter(places.to(device), self.batch_tokens[draws.to(device)], position)
-        false = self.passage.through(rows, cache, self.passage.halves).features()
+        false = self.misfits(self.passage.through(rows, cache, self.passage.halves))
         return Chance.of(false, self.worth.weights(false))
 
     def promising(
@@ -181,36 +215,44 @@ class Ranking:
         most = (constants().ranked, constants().ranked_deep) if position else (constants().ranked_first,) * 2
         extension = FirstBlock.screened(self.passage.adapter, None, self.passage.budget).extension(position, tokens)
         rows = self._attended(cache, begun, extension, chance, most[0])
-        rows = self.passage.through(rows, cache, min(2, self.passage.halves))
-        rows = rows.take(_best_of_each(rows.places, chance.evidence(rows.features()), most[1]))
+        rows = self.passage.through(rows, cache, min(3, self.passage.halves))
+        rows = rows.take(_best_of_each(rows.places, chance.evidence(self.misfits(rows)), most[1]))
         return self.passage.through(rows, cache, self.passage.halves)
 
     def _attended(self, cache: Cache, begun: Tensor, extension: Extension, chance: Chance, most: int) -> Rows:
-        """The extensions of each prefix that fit best behind block 0's attention."""
+        """The extensions of each prefix that fit best behind block 0's attention.
+
+        Where a further block tells far more, it judges all of a glance.
+        """
         parts = []
         for place in range(len(cache.keys[0])):
             # A rotary model's first token repeated has the same state at every length, and would never end.
             barred = self.rotary and extension.position == 1
             allowed = extension.tokens != begun[place] if barred else torch.ones_like(extension.tokens)
             shares = self.passage.shares(extension, cache, place)
-            choice = self._glanced(cache, extension, shares, place, allowed.nonzero()[:, 0], chance, most)
+            choice = self._glanced(cache, extension, shares, place, allowed.nonzero()[:, 0], constants().glances * most)
             rows = self.passage.begin(extension, shares, cache, place, choice)
-            parts.append(rows.take(_best_of_each(rows.places, chance.evidence(rows.features()), most)))
+            if self.passage.depth == 1:
+                rows = rows.take(_best_of_each(rows.places, chance.evidence(self.misfits(rows)), most))
+            parts.append(rows)
         return Rows.joined(parts)
 
     def _glanced(
-        self, cache: Cache, extension: Extension, shares: Tensor, place: int, choice: Tensor, chance: Chance, most: int
+        self, cache: Cache, extension: Extension, shares: Tensor, place: int, choice: Tensor, most: int
     ) -> Int[Tensor, " choice"]:
-        """The candidates behind one prefix that fit best where attention's outputs are mapped, a few times too many."""
-        tap = self.passage.adapter.tap(0, ATTENTION_OUTPUT)
-        if tap not in self.passage.readers:
+        """The candidates behind one prefix that fit best where they enter block 0's MLP, a few times too many.
+
+        What enters attention's output map is a mean of values: often more of other tokens' than of the last one's.
+        """
+        taps = [self.passage.adapter.tap(0, kind) for kind in (MLP, ATTENTION_OUTPUT)]
+        seen = [tap for tap in taps if tap in self.passage.readers]
+        if not seen:
             return choice
-        glance = replace(self.passage, readers={tap: self.passage.readers[tap]})
+        glance = replace(self.passage, readers={seen[0]: self.passage.readers[seen[0]]})
         entry = 24 * self.passage.adapter.hidden_size
-        found = []
-        for part in choice.split(self.passage.budget.chunk(entry)):
-            found.append(chance.evidence(glance.begin(extension, shares, cache, place, part).features()))
-        return choice[torch.cat(found).topk(min(constants().glances * most, len(choice))).indices]
+        parts = choice.split(self.passage.budget.chunk(entry))
+        misfits = torch.cat([glance.begin(extension, shares, cache, place, part).features()[:, 0] for part in parts])
+        return choice[misfits.topk(min(most, len(choice)), largest=False).indices]
 
 
 def _best_of_each(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"], most: int) -> Int[Tensor, " best"]:
