@@ -31,7 +31,8 @@ def noised(update: Update, deviation: float, seed: int = 5) -> Update:
 def test_the_filter_is_the_inner_product_with_the_gradient(tiny_gpt2: LanguageModel) -> None:
     received = client_update(tiny_gpt2, [TEXT], [1])
     maps = {name: each for name, each in received.gradients.items() if each.dim() == 2}
-    matched = Matched(Simulator(tiny_gpt2, received, Head(), torch.float32), received.gradients)
+    even = dict.fromkeys(received.gradients, 1.0)
+    matched = Matched(Simulator(tiny_gpt2, received, Head(), torch.float32), received.gradients, even)
     for other, label in (("never knew the old river", 0), (TEXT, 1)):
         (ids,) = truth(tiny_gpt2, [other])
         own = client_update(tiny_gpt2, [other], [label]).gradients

@@ -202,6 +202,9 @@ class Constants:
     # Gaussian noise
     uneven_noise: float = _constant(1.1, "factor by which silent rows may scatter unlike white noise", "statistics")
     slope_ridge: float = _constant(0.01, "ridge of the regression of rows on slopes, share of a square", "measured")
+    even_weights: float = _constant(
+        0.1, "share of their weight by which texts of one batch may seem to differ", "chosen"
+    )
     outstanding: float = _constant(8.0, "deviations of the matched filter below which a text is none", "statistics")
     weakest_text: float = _constant(0.2, "share of the strongest text's S that every other one has", "chosen")
     apart: float = _constant(6.0, "deviations by which a text fits better than its neighbours", "chosen")
