@@ -202,6 +202,7 @@ class Constants:
     # Gaussian noise
     uneven_noise: float = _constant(1.1, "factor by which silent rows may scatter unlike white noise", "statistics")
     slope_ridge: float = _constant(0.01, "ridge of the regression of rows on slopes, share of a square", "measured")
+    idle_rounds: int = _constant(6, "rounds after which tokens that move as many as before are left", "cost")
     even_weights: float = _constant(
         0.1, "share of their weight by which texts of one batch may seem to differ", "chosen"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -64,25 +65,32 @@ class Joint:
         return Matched(self.account.simulator, {self.words: words}, self.account.deviations)
 
     def _beginnings(self, words: Tensor, positions: Tensor) -> list[Ids]:
-        """What stands at the positions by what is left of the rows, cut at each place."""
+        """What stands at the positions by what is left of the rows, cut at the places that have most."""
         name, first = self.positions
         rows = outstanding(positions, self.account.deviations[name])
         if not len(rows) or rows[-1] < first:
             return []
-        likeliest = shares(words[self.tokens], positions[first : int(rows[-1]) + 1]).argmax(1)
-        text = tuple(self.tokens[likeliest].tolist())
-        return [text[:end] for end in range(1, len(text) + 1)]
+        slopes = positions[first : int(rows[-1]) + 1]
+        text = tuple(self.tokens[shares(words[self.tokens], slopes).argmax(1)].tolist())
+        ends = slopes.norm(dim=1).argsort(descending=True)[: constants().starts]
+        return [text[: end + 1] for end in ends.tolist()]
 
     def _settled(self, entries: list[Entry]) -> list[Entry]:
-        """The texts once no token moves any more, or all are where they have been before; weighed anew."""
-        seen: set[tuple[Entry, ...]] = set()
-        while tuple(entries) not in seen and not self.budget.late:
-            seen.add(tuple(entries))
-            slopes = self._slopes(entries)
-            likeliest = self.tokens[shares(self._rows, torch.cat(slopes)).argmax(1)]
-            parts = likeliest.split([len(each) for each in slopes])
-            entries = [one._replace(tokens=tuple(part.tolist())) for one, part in zip(entries, parts, strict=True)]
+        """The texts once no token moves, or for some rounds no fewer do than did before; weighed anew."""
+        fewest, idle = sum(len(entry.tokens) for entry in entries), 0
+        while fewest and idle < constants().idle_rounds and not self.budget.late:
+            before, entries = entries, self._placed(entries)
+            pairs = zip(before, entries, strict=True)
+            moved = sum(old != new for one, other in pairs for old, new in zip(one.tokens, other.tokens, strict=True))
+            fewest, idle = min(moved, fewest), idle + 1 if moved >= fewest else 0
         return self._weighed(entries)
+
+    def _placed(self, entries: list[Entry]) -> list[Entry]:
+        """The texts with the token at every place whose row its slope makes up most."""
+        slopes = self._slopes(entries)
+        likeliest = self.tokens[shares(self._rows, torch.cat(slopes)).argmax(1)]
+        parts = likeliest.split([len(each) for each in slopes])
+        return [one._replace(tokens=tuple(part.tolist())) for one, part in zip(entries, parts, strict=True)]
 
     @property
     def _rows(self) -> Float[Tensor, "tokens width"]:
@@ -90,7 +98,11 @@ class Joint:
 
     def _slopes(self, entries: Sequence[Entry]) -> list[Tensor]:
         texts, labels = [each.tokens for each in entries], [each.label for each in entries]
-        return self._filter(self.account.received[self.words]).slopes(texts, labels)
+        return self._whole.slopes(texts, labels)
+
+    @cached_property
+    def _whole(self) -> Matched:
+        return self._filter(self.account.received[self.words])
 
     def _weighed(self, entries: list[Entry]) -> list[Entry]:
         """The texts with the weights that best explain the rows; of a batch in which all weigh the same, exactly so."""

@@ -1,4 +1,4 @@
-"""The attack on an update with Gaussian noise: one text after the other, each explained away, then all of it judged.
+"""The attack on an update with Gaussian noise, or on a grid: texts found and explained away, then all of it judged.
 
 Chapter `14_defences`.
 """
@@ -36,7 +36,7 @@ from dager_tutorial.update import Update
 def through_noise(
     model: LanguageModel, update: Update, head: Head | None, evidence: Evidence, outcome: Outcome, budget: Budget
 ) -> Outcome:
-    """Search an update that holds Gaussian noise, where the usual search has not explained it.
+    """Search an update that holds Gaussian noise or was rounded to a grid, where the usual search has not explained it.
 
     Args:
         model: The model both sides know.
