@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,18 @@ from helpers import truth
 
 from dager_tutorial.client.defenses.clipping import length
 from dager_tutorial.client.defenses.noise import Noise
+from dager_tutorial.client.defenses.rounding import Rounding
 from dager_tutorial.client.step import client_update
 from dager_tutorial.models.heads import Head
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.attack import attack
+from dager_tutorial.server.budget import AttackConfig, Budget
 from dager_tutorial.server.completion.simulation import Simulator
 from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.server.noisy.deviation import deviation_of, outstanding, table_gradient
 from dager_tutorial.server.noisy.matched import Matched
+from dager_tutorial.server.noisy.run import through_noise
+from dager_tutorial.server.outcome import Outcome
 from dager_tutorial.status import Status
 from dager_tutorial.update import Update
 
@@ -31,7 +36,8 @@ def noised(update: Update, deviation: float, seed: int = 5) -> Update:
 def test_the_filter_is_the_inner_product_with_the_gradient(tiny_gpt2: LanguageModel) -> None:
     received = client_update(tiny_gpt2, [TEXT], [1])
     maps = {name: each for name, each in received.gradients.items() if each.dim() == 2}
-    matched = Matched(Simulator(tiny_gpt2, received, Head(), torch.float32), received.gradients)
+    even = dict.fromkeys(received.gradients, 1.0)
+    matched = Matched(Simulator(tiny_gpt2, received, Head(), torch.float32), received.gradients, even)
     for other, label in (("never knew the old river", 0), (TEXT, 1)):
         (ids,) = truth(tiny_gpt2, [other])
         own = client_update(tiny_gpt2, [other], [label]).gradients
@@ -64,6 +70,14 @@ def test_a_text_comes_back_through_noise_and_is_certified(tiny_gpt2: LanguageMod
     assert found.labels == ((1,),)
 
 
+def test_texts_of_one_update_come_back_together_and_are_certified(tiny_gpt2: LanguageModel) -> None:
+    texts = [TEXT, "cup young snow never listen to the wind"]
+    clean = client_update(tiny_gpt2, texts, [1, 0])
+    found = attack(tiny_gpt2, noised(clean, 1e-5 * length(clean.gradients)))
+    assert found.status is Status.CERTIFIED, found.diagnosis
+    assert set(found.confirmed) == truth(tiny_gpt2, texts)
+
+
 def test_an_update_that_drowns_gives_no_text(tiny_gpt2: LanguageModel) -> None:
     clean = client_update(tiny_gpt2, [TEXT, "cup young snow"], [1, 0])
     found = attack(tiny_gpt2, noised(clean, length(clean.gradients)))
@@ -79,3 +93,16 @@ def test_nothing_false_is_confirmed_in_noise(request: pytest.FixtureRequest, nam
     for share in (1e-5, 1e-4, 1e-3):
         found = attack(model, noised(clean, share * length(clean.gradients)))
         assert not set(found.confirmed) - truth(model, texts)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_texts_come_back_from_a_grid_by_their_embeddings_alone(tiny_gpt2: LanguageModel, stochastic: bool) -> None:
+    texts = ["cup young snow", "we listen to the old river"]
+    clean = client_update(tiny_gpt2, texts, [1, 0])
+    rounded = Rounding("int8", stochastic)(clean.gradients, torch.Generator().manual_seed(5))
+    update = replace(clean, gradients=rounded)
+    nothing = Outcome(Status.PARTIAL, "nothing was found", ())
+    budget = Budget.of(AttackConfig(), time.monotonic(), None)
+    found = through_noise(tiny_gpt2, update, None, evidence_of(tiny_gpt2, update), nothing, budget)
+    assert found.status is Status.CERTIFIED, found.diagnosis
+    assert {text.tokens for text in found.texts} == truth(tiny_gpt2, texts)

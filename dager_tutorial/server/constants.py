@@ -192,15 +192,15 @@ class Constants:
     endings_tried: int = _constant(16, "tokens whose slopes are computed for what is left of a row", "cost")
     rows_compared_at_once: int = _constant(64, "rows that are compared with the whole vocabulary at once", "cost")
     most_endings: int = _constant(32, "tokens that are added to those known to follow a prefix", "cost")
-    unseen: float = _constant(
-        1e-10, "share of the strongest below which no text moves a direction of features", "numerics"
-    )
+    unseen: float = _constant(1e-10, "share of the strongest below which no text moves a direction", "numerics")
     most_conjugate: int = _constant(200, "most steps of conjugate gradients for an unknown head", "cost")
     tellers: int = _constant(4, "texts, or copies of one, with which the search for an unknown head begins", "chosen")
     newton_steps: int = _constant(12, "steps of Newton's method for scale and offset of an unknown head", "numerics")
     # Gaussian noise
     uneven_noise: float = _constant(1.1, "factor by which silent rows may scatter unlike white noise", "statistics")
     slope_ridge: float = _constant(0.01, "ridge of the regression of rows on slopes, share of a square", "measured")
+    idle_rounds: int = _constant(6, "rounds after which tokens that move as many as before are left", "cost")
+    even_weights: float = _constant(0.1, "share by which weights of one batch's texts may seem uneven", "chosen")
     outstanding: float = _constant(8.0, "deviations of the matched filter below which a text is none", "statistics")
     weakest_text: float = _constant(0.2, "share of the strongest text's S that every other one has", "chosen")
     apart: float = _constant(6.0, "deviations by which a text fits better than its neighbours", "chosen")

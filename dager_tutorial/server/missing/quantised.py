@@ -51,6 +51,16 @@ def step_of(gradient: Tensor, bits: int) -> float:
     return float(gradient.abs().max()) / (2 ** (bits - 1) - 1)
 
 
+def grid_deviation(gradient: Tensor, bits: int) -> float:
+    """The deviation of an entry from the nearest level; infinite where a gradient has none, of which nothing is known.
+
+    Args:
+        gradient: On a grid.
+        bits: How many bits an entry was sent with.
+    """
+    return step_of(gradient, bits) / math.sqrt(12) or math.inf
+
+
 def in_steps(gradient: Tensor, bits: int) -> Tensor:
     """A gradient in units of its step: all of its entries have the same noise then.
 

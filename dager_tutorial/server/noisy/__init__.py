@@ -1,4 +1,4 @@
-"""An update that was given Gaussian noise: what embeddings still name, and a matched filter of whole gradients.
+"""An update with Gaussian noise or on a grid: what embeddings still name, and a matched filter of whole gradients.
 
 Chapter `14_defences`.
 """

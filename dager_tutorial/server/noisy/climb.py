@@ -102,7 +102,7 @@ class Climb:
 
     def _shares(self, text: Text) -> Tensor:
         rows = self.matched.received[self.matched.words][self.tokens]
-        return shares(rows, self.matched.slopes(text.tokens, text.label))
+        return shares(rows, self.matched.slopes([text.tokens], [text.label])[0])
 
     def _replaced(self, text: Text) -> list[Ids]:
         """The text with the likeliest token at the places where that is most likely, at more and more of them."""

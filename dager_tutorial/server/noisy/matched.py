@@ -1,8 +1,8 @@
 """The matched filter: a text's own gradient, simulated, against the update that was received (chapter `14_defences`).
 
-For white noise no statistic tells more than `S = <g(text), R> / |g(text)|`: its noise has the deviation of one entry,
-however many entries there are. A linear map's gradient is a sum over rows, so that `<g, R>` and `|g|` of many texts
-come from what enters and leaves the maps, and no gradient of a weight is ever formed.
+For white noise no statistic tells more than `S = <g(text), R> / |g(text)|`, every tensor in units of the noise on its
+entries: S has the deviation 1, however many entries there are. A linear map's gradient is a sum over rows, so that
+`<g, R>` and `|g|` of many texts come from what enters and leaves the maps, and no gradient of a weight is ever formed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dager_tutorial.models.tap import precise
 from dager_tutorial.server.completion.simulation import Ids, Simulator
+from dager_tutorial.server.passes import parts_of
 
 
 class Scores(NamedTuple):
@@ -40,6 +41,7 @@ class _Part(NamedTuple):
     inputs: Tensor
     output: Tensor
     received: Tensor
+    weight: float
 
     def product(self, slopes: Tensor) -> Tensor:
         """For each text the inner product of its gradient and what was received."""
@@ -50,30 +52,34 @@ class _Part(NamedTuple):
     def square(self, slopes: Tensor) -> Tensor:
         """For each text the square of its gradient: `sum_ij (x_i . x_j) (d_i . d_j)`."""
         if slopes.dim() == 2:
-            return self.inputs.square().sum(1) * slopes.square().sum(1)
+            return self.weight * self.inputs.square().sum(1) * slopes.square().sum(1)
         if isinstance(self.module, nn.Embedding):
             alike = (self.inputs[:, :, None] == self.inputs[:, None]).to(slopes)
         else:
             alike = self.inputs @ self.inputs.transpose(1, 2)
-        return (alike * (slopes @ slopes.transpose(1, 2))).flatten(1).sum(1)
+        return self.weight * (alike * (slopes @ slopes.transpose(1, 2))).flatten(1).sum(1)
 
 
 class Matched:
-    """The filter of one update, over all maps and embeddings that were shared.
+    """The filter of one update, over the maps and embeddings of which it is given gradients.
 
     Args:
         simulator: Repeats the client's step, of a classification.
-        received: Gradients by the update's names.
+        received: Gradients by the update's names, all or some.
+        deviations: Of the noise on their entries, by the same names.
     """
 
-    def __init__(self, simulator: Simulator, received: Mapping[str, Tensor]) -> None:
+    def __init__(self, simulator: Simulator, received: Mapping[str, Tensor], deviations: Mapping[str, float]) -> None:
         self.simulator = simulator
-        own = {id(parameter): received[name].float() for name, parameter in simulator.shared.items()}
+        own = {id(parameter): name for name, parameter in simulator.shared.items()}
         self.received: dict[nn.Module, Tensor] = {}
+        self._weights: dict[nn.Module, float] = {}
         for module in simulator.network.modules():
-            gradient = own.get(id(getattr(module, "weight", None)))
-            if gradient is not None and gradient.dim() == 2:
-                self.received[module] = gradient.T.contiguous() if isinstance(module, nn.Linear) else gradient
+            name = own.get(id(getattr(module, "weight", None)), "")
+            if name in received and received[name].dim() == 2:
+                self._weights[module] = deviations[name] ** -2
+                weighed = received[name].float() * self._weights[module]
+                self.received[module] = weighed.T.contiguous() if isinstance(module, nn.Linear) else weighed
 
     def scores(self, texts: Sequence[Ids]) -> Scores:
         """S of texts.
@@ -97,21 +103,24 @@ class Matched:
                 columns = [first, -first * odds]
         return iter(torch.stack(columns, 1).cpu().double())
 
-    def slopes(self, text: Ids, label: int) -> Float[Tensor, "tokens width"]:
-        """The gradient of a text's loss in its embeddings.
+    def slopes(self, texts: Sequence[Ids], labels: Sequence[int]) -> list[Float[Tensor, "tokens width"]]:
+        """The gradients of texts' losses in their embeddings.
 
         Args:
-            text: Token ids.
-            label: Its class.
+            texts: Token ids, at least one text.
+            labels: Their classes.
 
         Returns:
-            float64.
+            float64, one a text.
         """
-        with self._watched() as parts:
-            logits, _ = self.simulator.logits([text])
-            own = next(part.output for part in parts if part.module is self.words)
-            (slopes,) = torch.autograd.grad(_loss(logits, label), own)
-        return precise(slopes[0])
+        found: dict[int, Tensor] = {}
+        for part in parts_of(self.simulator.network, texts):
+            with self._watched() as parts:
+                logits, _ = self.simulator.logits([texts[place] for place in part])
+                own = next(each.output for each in parts if each.module is self.words)
+                (slopes,) = torch.autograd.grad(_loss(logits, [labels[place] for place in part]), own)
+            found |= {place: precise(one[: len(texts[place])]) for place, one in zip(part, slopes, strict=True)}
+        return [found[place] for place in range(len(texts))]
 
     @property
     def words(self) -> nn.Module:
@@ -126,7 +135,8 @@ class Matched:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
             if isinstance(module, nn.Embedding):
                 output = output.detach().requires_grad_(True)
-            parts.append(_Part(module, inputs[0], output, self.received.get(module, output[:0])))
+            received, weight = self.received.get(module, output[:0]), self._weights.get(module, 0.0)
+            parts.append(_Part(module, inputs[0], output, received, weight))
             return output
 
         handles = [module.register_forward_hook(keep) for module in {*self.received, self.words}]
@@ -138,10 +148,10 @@ class Matched:
                 handle.remove()
 
 
-def _loss(logits: Tensor, label: int) -> Tensor:
-    """A scalar with the gradient that a cross entropy has in the logits of texts of one label."""
+def _loss(logits: Tensor, labels: int | Sequence[int]) -> Tensor:
+    """A scalar with the gradient that a sum of cross entropies has in the logits of texts, of one label or of each."""
     slopes = logits.detach().softmax(-1)
-    slopes[:, label] -= 1
+    slopes[torch.arange(len(slopes)), labels] -= 1
     return (logits * slopes).sum()
 
 

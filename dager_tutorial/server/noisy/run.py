@@ -1,4 +1,4 @@
-"""The attack on an update with Gaussian noise: one text after the other, each explained away, then all of it judged.
+"""The attack on an update with Gaussian noise, or on a grid: texts found and explained away, then all of it judged.
 
 Chapter `14_defences`.
 """
@@ -6,7 +6,7 @@ Chapter `14_defences`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from jaxtyping import Int
@@ -22,9 +22,11 @@ from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.ranked import ranked_prefixes
 from dager_tutorial.server.embedding_rows import anywhere
 from dager_tutorial.server.evidence import Evidence
+from dager_tutorial.server.missing.quantised import grid_deviation
 from dager_tutorial.server.noisy.account import Account, Entry
-from dager_tutorial.server.noisy.climb import Climb, Text, shares
+from dager_tutorial.server.noisy.climb import Climb, Text
 from dager_tutorial.server.noisy.deviation import deviation_of, outstanding, table_gradient
+from dager_tutorial.server.noisy.joint import Joint
 from dager_tutorial.server.noisy.matched import Matched
 from dager_tutorial.server.outcome import FoundText, Outcome
 from dager_tutorial.status import Certainty, Confirmation, Status
@@ -34,7 +36,7 @@ from dager_tutorial.update import Update
 def through_noise(
     model: LanguageModel, update: Update, head: Head | None, evidence: Evidence, outcome: Outcome, budget: Budget
 ) -> Outcome:
-    """Search an update that holds Gaussian noise, where the usual search has not explained it.
+    """Search an update that holds Gaussian noise or was rounded to a grid, where the usual search has not explained it.
 
     Args:
         model: The model both sides know.
@@ -50,41 +52,33 @@ def through_noise(
     head = head or plausible_heads(update, evidence.adapter)[0]
     if outcome.status is Status.CERTIFIED or head.task != "classification" or budget.late:
         return outcome
-    deviation = deviation_of(evidence)
     words = table_gradient(evidence, evidence.adapter.first_input.tokens)
-    if deviation is None or words is None:
+    deviation = None if evidence.bits else deviation_of(evidence)
+    if words is None or not (deviation or evidence.bits):
         return outcome
-    tokens = outstanding(words, deviation)
+    # Rows of a grid that hold nothing are zero; the largest entry of a tensor tells its step.
+    tokens = outstanding(words, deviation) if deviation else words.any(1).nonzero()[:, 0]
     if not len(tokens):
         return outcome
     with evidence.watch.stage("completion"):
-        account = Account(Simulator(model, update, head, evidence.precision), update.gradients, deviation)
-        search = _Search(account, tokens, budget)
-        placed = _placed(evidence, tokens, deviation)
-        if not (placed and search.is_all(placed)):
-            length = len(placed) if placed else None
-            search.run([placed, *(text.tokens for text in outcome.texts), *_ranked(evidence, tokens, length, budget)])
-        search.settle()
+        simulator = Simulator(model, update, head, evidence.precision)
+        search = _Search(_account(simulator, update, deviation, evidence.bits), tokens, budget)
+        search.run(lambda: [*(text.tokens for text in outcome.texts), *_ranked(evidence, tokens, budget)])
     return search.outcome(outcome)
 
 
-def _placed(evidence: Evidence, tokens: Tensor, deviation: float) -> Ids:
-    """What stands at each position by the rows of both embeddings; nothing where positions have none."""
-    table, words = evidence.adapter.position_table, table_gradient(evidence, evidence.adapter.first_input.tokens)
-    gradient = None if table is None else table_gradient(evidence, table[0])
-    if table is None or gradient is None or words is None:
-        return ()
-    rows = outstanding(gradient, deviation)
-    slopes = gradient[table[1] : int(rows[-1]) + 1] if len(rows) else gradient[:0]
-    return tuple(tokens[shares(words[tokens], slopes).argmax(1)].tolist()) if len(slopes) else ()
+def _account(simulator: Simulator, update: Update, deviation: float | None, bits: int | None) -> Account:
+    """The account of an update, of which the noise is known on every entry."""
+    received = {name: update.gradients[name] for name in simulator.shared}
+    deviations = {name: deviation or grid_deviation(each, bits or 0) for name, each in received.items()}
+    return Account(simulator, received, deviations, bits)
 
 
-def _ranked(evidence: Evidence, tokens: Tensor, length: int | None, budget: Budget) -> list[Ids]:
-    """What block 0 ranks best, of the tokens that there are."""
-    rotary = evidence.adapter.position_table is None
-    if not isinstance(evidence.adapter, DecoderAdapter) or not (rotary or length):
+def _ranked(evidence: Evidence, tokens: Tensor, budget: Budget) -> list[Ids]:
+    """What block 0 ranks best of a model whose embeddings know no positions, of the tokens that there are."""
+    if not isinstance(evidence.adapter, DecoderAdapter):
         return []
-    return ranked_prefixes(evidence, evidence.adapter, anywhere(tokens, length), budget)
+    return ranked_prefixes(evidence, evidence.adapter, anywhere(tokens, None), budget)
 
 
 @dataclass
@@ -105,37 +99,39 @@ class _Search:
     entries: list[Entry] = field(default_factory=list)
     certain: list[bool] = field(default_factory=list)
 
-    def is_all(self, text: Ids) -> bool:
-        """Whether a text, or what it climbs to, is all that there is; else it is forgotten."""
-        climb, before = self._climb(), self.account.signal()
-        self._enter(climb.run(climb.best([text]), thoroughly=False))
-        if self.account.signal() < before / 2 and not self.account.is_noise():
-            self._review()
-        if self.account.is_noise():
-            self._review()
-            return True
-        entry = self.entries.pop()
-        self.account.take(entry._replace(weight=-entry.weight))
-        return False
+    def run(self, starts: Callable[[], list[Ids]]) -> None:
+        """Find texts by the rows of embeddings, or where there are none for positions one by one; look at each again.
 
-    def run(self, starts: Iterable[Ids]) -> None:
-        """Find texts until what is left is noise, then look at each again without the others."""
+        Args:
+            starts: Gives beginnings of texts.
+        """
+        adapter = self.account.simulator.adapter
+        words = self.account.name_of(adapter.first_input.tokens)
+        table, first = adapter.position_table or (None, 0)
+        positions = None if table is None else self.account.name_of(table)
+        if words is None or positions is None:
+            self._one_by_one(starts())
+        else:
+            self.entries = Joint(self.account, words, (positions, first), self.tokens, self.budget).run()
+            self.account.left_by(self.entries)
+        self._reviewed()
+        while len(self.entries) > 1 and not self.budget.late and not self.account.is_noise() and self._lightened():
+            pass
+        self._settle()
+
+    def _one_by_one(self, starts: Iterable[Ids]) -> None:
+        """Find texts until what is left is noise."""
         strongest = 0.0
         pool = list(dict.fromkeys(start[:end] for start in starts for end in range(len(start), 0, -1)))
         while pool and not self.budget.late and not (self.entries and self.account.is_noise()):
             climb = self._climb()
             pool = self._promising(climb, pool)
             found = climb.run(climb.best(pool[:1]), thoroughly=False) if pool else None
-            if found is None or found.value <= max(
-                constants().outstanding * self.account.deviation, constants().weakest_text * strongest
-            ):
+            if found is None or found.value <= max(constants().outstanding, constants().weakest_text * strongest):
                 break
             strongest = max(strongest, found.value)
             self._enter(found)
             self.budget.report("completion", len(self.entries))
-        self._reviewed()
-        while len(self.entries) > 1 and not self.budget.late and not self.account.is_noise() and self._lightened():
-            pass
 
     def _reviewed(self) -> None:
         """Look at all texts until none changes."""
@@ -144,19 +140,21 @@ class _Search:
 
     def _lightened(self) -> bool:
         """Leave out the lightest text, a near-copy of another may be, if the others explain as much without it."""
-        before, entries, signal = {**self.account.rest}, list(self.entries), self.account.signal()
+        before, entries, square = {**self.account.rest}, list(self.entries), self.account.square()
         lightest = min(entries, key=lambda entry: entry.weight)
         self.account.rest = {name: each.clone() for name, each in before.items()}
         self.account.take(lightest._replace(weight=-lightest.weight))
         self.entries = [entry for entry in entries if entry is not lightest]
         self._reviewed()
-        if self.account.signal() < signal:
+        if self.account.square() < square:
             return True
         self.account.rest, self.entries, self.certain = before, entries, []
         return False
 
     def _climb(self) -> Climb:
-        return Climb(Matched(self.account.simulator, self.account.rest), self.tokens, self.budget)
+        return Climb(
+            Matched(self.account.simulator, self.account.rest, self.account.deviations), self.tokens, self.budget
+        )
 
     def _promising(self, climb: Climb, pool: list[Ids]) -> list[Ids]:
         """The best starts, best first; those that were found are none."""
@@ -211,14 +209,12 @@ class _Search:
             return False
         rival = float(climb.matched.scores(climb.neighbours(text)).values.max())
         behind = math.sqrt(max(text.value - rival, 0.0) * text.value / 2)
-        return behind >= constants().apart * self.account.deviation
+        return behind >= constants().apart
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Give every text the weight that it has in a batch of so many."""
-        for place, entry in enumerate(self.entries):
-            exact = 1 / len(self.entries)
-            self.account.take(entry._replace(weight=exact - entry.weight))
-            self.entries[place] = entry._replace(weight=exact)
+        self.entries = [entry._replace(weight=1 / len(self.entries)) for entry in self.entries]
+        self.account.left_by(self.entries)
 
     def outcome(self, before: Outcome) -> Outcome:
         """What was found, proven where nothing but noise is left; what was known before stays known.
@@ -228,7 +224,7 @@ class _Search:
         """
         number = len(self.entries)
         noise = bool(number) and self.account.is_noise()
-        told = f"noise of deviation {self.account.deviation:.1e} on every entry: {number} found by the matched filter"
+        told = f"{self.account.noise} on every entry: {number} found by the matched filter"
         if noise and len(self.certain) == number and all(self.certain):
             texts = self._texts({}, Certainty.WHOLE)
             said = (
