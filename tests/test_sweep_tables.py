@@ -156,7 +156,8 @@ def rows(tmp_path):
 
 def test_tables_from_the_command_line(rows, tmp_path, capsys):
     record, page, text = tmp_path / "t.json", tmp_path / "t.html", tmp_path / "t.md"
-    command = ["table", str(tmp_path), "--number", "8", "--json", str(record)]
+    twice = (str(tmp_path), str(tmp_path / "rows.jsonl"))  # a cell that is in both counts once
+    command = ["table", *twice, "--number", "8", "--json", str(record)]
     assert main([*command, "--html", str(page), "--markdown", str(text)]) == 0
     assert "Table 8" in page.read_text("utf-8") and "textbook: random:gpt2" in text.read_text("utf-8")
     [told] = json.loads(record.read_text("utf-8"))["tables"]

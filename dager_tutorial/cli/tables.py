@@ -77,18 +77,18 @@ def plot(
 
 
 def _read(places: list[Path]) -> list[Row]:
-    """The rows of all places."""
+    """The rows of all places, each cell once."""
     from dager_tutorial.evaluation.sweep.store import read_rows
 
-    found = []
+    found: dict[str, Row] = {}
     for place in places:
         rows = read_rows(place)
         if any("attack" not in row for row in rows):
             raise DagerError(
                 f"{place} holds rows of no sweep: name folders of `dager sweep`; `defend table` has others"
             )
-        found += rows
-    return found
+        found |= {row["key"]: row for row in rows}
+    return list(found.values())
 
 
 def _record(view: View) -> dict[str, object]:
