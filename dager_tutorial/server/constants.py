@@ -154,8 +154,9 @@ class Constants:
     # Decoder search where the weights moved on the way
     ranked_sample: int = _constant(192, "random extensions that tell how badly false ones fit", "statistics")
     familiar_rows: int = _constant(4096, "rows that tell how well tokens fit behind any prefix, at most", "cost")
+    anyway: float = _constant(0.5, "share of how a token fits behind any prefix that is no evidence", "measured")
     ranked: int = _constant(24, "extensions of each prefix that are carried through block 0's MLP", "cost")
-    glances: int = _constant(6, "times as many pass a glance at its input: two blocks judge all of them", "cost")
+    glances: int = _constant(12, "times as many pass a glance at its input: two blocks judge all of them", "cost")
     ranked_deep: int = _constant(12, "the same behind block 1's attention", "cost")
     ranked_first: int = _constant(1024, "first tokens that are carried through them", "cost")
     ranked_blocks: int = _constant(2, "blocks whose taps rank extensions", "cost")

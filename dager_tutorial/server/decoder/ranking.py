@@ -149,8 +149,8 @@ class Ranking:
     def misfits(self, rows: Rows) -> Float[Tensor, "rows known"]:
         """How badly extensions fit at the taps so far, beyond what their tokens do behind any prefix.
 
-        Tokens with strong rows of their own seem to fit everywhere. What enters a text's first place is like nothing
-        else, and is not compared.
+        Tokens with strong rows of their own seem to fit everywhere; so do those that the batch holds often, rightly:
+        only a part of it is taken off. What enters a text's first place is like nothing else, and is not compared.
 
         Args:
             rows: The extensions.
@@ -160,7 +160,7 @@ class Ranking:
             return found
         places = torch.searchsorted(self.batch_tokens, rows.tokens).clamp(max=len(self.batch_tokens) - 1)
         known = (self.batch_tokens[places] == rows.tokens)[:, None]
-        return found - torch.where(known, self._anyway[places, : found.shape[1]], 0.0)
+        return found - constants().anyway * torch.where(known, self._anyway[places, : found.shape[1]], 0.0)
 
     @cached_property
     def _anyway(self) -> Float[Tensor, "tokens taps"]:
