@@ -60,11 +60,8 @@ def remainder_of(
         objective: The client's loss on them.
     """
     shared = {name: received[name] for name in simulator.shared}
-    rest = widened(shared)
-    simulator.subtract(rest, texts, objective)
-    bits, pruned = simulator.sent
-    if pruned:  # what was not sent cannot be compared
-        rest = on_kept(rest, shared)
+    rest = _less(simulator, widened(shared), shared, texts, objective)
+    bits = simulator.sent[0]
     left = norm(rest) if bits is None else beyond_rounding(rest, shared, bits)
     return Remainder(rest, left / norm(shared))
 
@@ -97,10 +94,8 @@ def scaled_remainder_of(
         objective: The client's loss on them.
     """
     shared = {name: received[name] for name in simulator.shared}
-    minus = {name: torch.zeros_like(each) for name, each in widened(shared).items()}
-    simulator.subtract(minus, texts, objective)
-    if simulator.sent[1]:
-        minus = on_kept(minus, shared)
+    nothing = {name: torch.zeros_like(each) for name, each in widened(shared).items()}
+    minus = _less(simulator, nothing, shared, texts, objective)
     left, factors = [0.0], []
     for name, each in minus.items():
         wanted = shared[name].to(each)
@@ -110,6 +105,18 @@ def scaled_remainder_of(
             wanted = wanted + factors[-1] * each
         left.append(torch.linalg.vector_norm(wanted).item())
     return Scaled(math.hypot(*left) / norm(shared), min(factors, default=0.0), max(factors, default=0.0))
+
+
+def _less(
+    simulator: Simulator,
+    tensors: dict[str, Tensor],
+    shared: Mapping[str, Tensor],
+    texts: Sequence[Ids],
+    objective: Objective,
+) -> dict[str, Tensor]:
+    """Tensors less the gradient of simulated texts, on what was sent: the rest cannot be compared."""
+    simulator.subtract(tensors, texts, objective)
+    return on_kept(tensors, shared) if simulator.sent[1] else tensors
 
 
 def explains(unexplained: float, precision: torch.dtype) -> bool:

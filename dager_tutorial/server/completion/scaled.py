@@ -29,11 +29,12 @@ def behind_scale(ledger: Ledger, first: Outcome) -> Outcome | None:
         None where the texts do not explain the update.
     """
     texts = tuple(text.tokens for text in first.texts)
-    counts = ledger.up_to_scale(texts) if first.status.claims_all else None
+    exact = ledger.simulator.sent[0] is None  # on a grid no factor is told from rounding
+    counts = ledger.up_to_scale(texts) if first.status.claims_all and exact else None
     if counts is None:
         return None
     left = scaled_remainder_of(ledger.simulator, ledger.received, texts, of_logits(counts.gradients))
-    if left.share > constants().certified or ledger.simulator.sent[0] is not None:
+    if left.share > constants().certified:
         return None
     told = len(texts) > 1 or counts.labels.shape[1] > 2
     found = []

@@ -38,11 +38,12 @@ def with_targets(
         if explains(unexplained, precision):
             return _outcome(counts, first, unexplained)
     # Under an unknown factor counts do not tell that no text is missing: the search must have.
-    counts = _targets(simulator, received, first, precision, scaled=True) if first.status.claims_all else None
+    told = first.status.claims_all and simulator.sent[0] is None
+    counts = _targets(simulator, received, first, precision, scaled=True) if told else None
     if counts is None:
         return None
     left = scaled_remainder_of(simulator, received, counts.texts, objective_of(counts))
-    if left.share > constants().certified or simulator.sent[0] is not None:
+    if left.share > constants().certified:
         return None
     return replace(_outcome(counts, first, left.share), diagnosis=explained(sum(counts.copies), left))
 
