@@ -9,7 +9,7 @@ whose ends alone are right to all of them. Ends show because the slope there is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -43,6 +43,7 @@ class Joint:
     positions: tuple[str, int]
     tokens: Int[Tensor, " tokens"]
     budget: Budget
+    _known: dict[tuple[Ids, int], Float[Tensor, "places width"]] = field(default_factory=dict)
 
     def run(self) -> list[Entry]:
         """One text more as long as what is left of the rows says where it ends; every time all are made better."""
@@ -97,8 +98,13 @@ class Joint:
         return precise(self.account.received[self.words][self.tokens])
 
     def _slopes(self, entries: Sequence[Entry]) -> list[Tensor]:
-        texts, labels = [each.tokens for each in entries], [each.label for each in entries]
-        return self._whole.slopes(texts, labels)
+        """The texts' slopes, which their weights do not change: of a text that stays as it was they are known."""
+        keys = [(each.tokens, each.label) for each in entries]
+        fresh = list(dict.fromkeys(key for key in keys if key not in self._known))
+        if fresh:
+            slopes = self._whole.slopes([tokens for tokens, _ in fresh], [label for _, label in fresh])
+            self._known.update(zip(fresh, slopes, strict=True))
+        return [self._known[key] for key in keys]
 
     @cached_property
     def _whole(self) -> Matched:
@@ -123,7 +129,7 @@ class Joint:
         """What texts leave of the rows of both embeddings."""
         name, first = self.positions
         words, positions = (self.account.received[each].float().clone() for each in (self.words, name))
-        for entry, slopes in zip(entries, self._slopes(entries) if entries else (), strict=True):
+        for entry, slopes in zip(entries, self._slopes(entries), strict=True):
             words[self.tokens] -= (entry.weight * self._made(entry, slopes)).float()
             positions[first : first + len(slopes)] -= (entry.weight * slopes).float()
         return words, positions
