@@ -15,9 +15,11 @@ from dager_tutorial.client.federated import LocalTraining, local_update
 from dager_tutorial.client.step import client_update
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, QUERY
-from dager_tutorial.server.decoder.ends import Texts, likely_ends, whole_texts
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP_OUTPUT, QUERY
+from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decoder.ends import Texts, whole_texts
 from dager_tutorial.server.decoder.found import Found
+from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.neighbours import Neighbours
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.evidence import Evidence, evidence_of
@@ -184,9 +186,11 @@ def test_without_proof_a_text_ends_where_its_last_row_fits_best(tiny_gpt2: Langu
     evidence = evidence_of(tiny_gpt2, local_update(tiny_gpt2, texts, training=LocalTraining(2, 1, 1e-4)))
     adapter = evidence.adapter
     assert isinstance(adapter, DecoderAdapter)
-    attended = evidence.present(adapter.tap(adapter.num_blocks - 1, ATTENTION_OUTPUT))
+    last = evidence.present(*(adapter.tap(adapter.num_blocks - 1, kind) for kind in (ATTENTION_OUTPUT, MLP_OUTPUT)))
     tree = planted(tiny_gpt2, [f"{texts[0]} again dog", texts[1], "the dog is good"])
-    nodes, told = likely_ends(adapter, tree, attended)
-    assert not told and tokens_of(tree, nodes) == truth(tiny_gpt2, [*texts, "the dog is good"])
-    assert likely_ends(adapter, planted(tiny_gpt2, texts), attended)[1]
-    assert likely_ends(adapter, tree, {}) == (tuple(tree.leaves()), False)
+    leaves = tree.leaves()
+    ends = LastBlock(adapter, last).ends(tree, leaves)
+    assert tokens_of(tree, tuple(end.node for end in ends.values())) == truth(tiny_gpt2, texts)
+    assert min(end.margin for end in ends.values()) > constants().end_margin
+    one = {tap: span for tap, span in last.items() if tap.kind == MLP_OUTPUT}
+    assert not LastBlock(adapter, one).ends(tree, leaves)

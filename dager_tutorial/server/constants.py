@@ -109,9 +109,7 @@ class Constants:
     row_rounding: float = _constant(
         1e-4, "share of a usual row of the embedding gradient below which it is rounding", "numerics"
     )
-    fewest_entries: int = _constant(
-        8, "entries of an embedding's row that are not zero, lest other rows were lost whole", "statistics"
-    )
+    fewest_entries: int = _constant(8, "entries not zero of an embedding's row, lest others were lost", "statistics")
     # Weight differences (chapter `11_limits`)
     drift_length: int = _constant(12, "tokens of each random text on which drift is measured", "cost")
     drift_share: float = _constant(
@@ -157,7 +155,8 @@ class Constants:
     anyway: float = _constant(0.5, "share of how a token fits behind any prefix that is no evidence", "measured")
     ranked: int = _constant(24, "extensions of each prefix that are carried through block 0's MLP", "cost")
     glances: int = _constant(12, "times as many pass a glance at its input: two blocks judge all of them", "cost")
-    ranked_deep: int = _constant(12, "the same behind block 1's attention", "cost")
+    ranked_wide: int = _constant(96, "extensions of each prefix that are carried through block 1's attention", "cost")
+    ranked_deep: int = _constant(12, "the same behind it", "cost")
     ranked_first: int = _constant(1024, "first tokens that are carried through them", "cost")
     ranked_blocks: int = _constant(2, "blocks whose taps rank extensions", "cost")
     garbage: float = _constant(0.05, "chance that a text's end is followed by a token that only seems to fit", "chosen")
@@ -168,7 +167,8 @@ class Constants:
     weak_rows: int = _constant(2, "more rows that do not stand out than do before a beam is given up", "chosen")
     alike: int = _constant(4, "last tokens by which a prefix is known as a copy of a better one", "chosen")
     ending: float = _constant(0.4, "share of a text's usual evidence below which its last rows are none", "chosen")
-    last_share: float = _constant(0.6, "share of a text's usual misfit in the last block that its end has", "measured")
+    end_margin: float = _constant(0.7, "by how much, as a logarithm, an end fits better", "measured: .83, else .61")
+    ends_every: int = _constant(8, "positions after which ends are looked for", "cost")
     own_rows: float = _constant(2.0, "outstanding rows that a text needs which no better text has", "chosen")
     # Decoder search where an adapter is narrower than its text is long
     whitening_texts: int = _constant(128, "random texts that tell which directions rows share anyway", "statistics")

@@ -3,15 +3,17 @@
 Chapter `12_federated`.
 
 A beam over all prefixes collapses to the copies of one strong text. So every first token keeps its best prefixes, by
-the evidence along them, whatever others have; and of the texts that come out, one that differs from a better one in a
-few tokens is explained by it: only rows that no better text has count for it.
+the evidence along them, whatever others have, until the last block shows that its text has ended; and of the texts
+that come out, one that differs from a better one in a few tokens is explained by it: only rows that no better text has
+count for it.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.passage import Cache
 from dager_tutorial.server.decoder.ranking import Ranking
 from dager_tutorial.server.decoder.tree import Tree
@@ -73,20 +76,28 @@ class BeamSearch:
     Attributes:
         candidates: Tokens that may stand at each position.
         ranking: Weighs extensions.
+        last: Tells where texts end: nothing is sought behind.
         budget: What it may cost.
         rows: All rows that were ever kept, parents before children.
         usually: The evidence of a row in the usual text, at the position where it was most.
+        ends: Rows at which texts end by the last block, and how badly they fit there.
     """
 
     candidates: Candidates
     ranking: Ranking
+    last: LastBlock
     budget: Budget
     rows: list[_Row] = field(default_factory=list)
     usually: float = 0.0
+    ends: dict[int, float] = field(default_factory=dict)
 
     @torch.no_grad()
-    def run(self) -> Tree:
-        """Grow until no beam has stood out for a while; the texts that nothing better explains, as a tree."""
+    def run(self) -> tuple[Tree, bool]:
+        """Grow until no beam has stood out for a while.
+
+        Returns:
+            The texts that nothing better explains, as a tree, and whether the last block tells where each of them ends.
+        """
         front = _Front((), self.ranking.passage.empty())
         for position in range(self.ranking.passage.adapter.max_positions):
             tokens = self.candidates.at(position)
@@ -94,7 +105,8 @@ class BeamSearch:
                 break
             front = self._grown(front, position, tokens)
             self.budget.report("search", len(self.rows))
-        return self._tree(self._unexplained())
+        ends = self._unexplained()
+        return self._grafted(ends)[0], all(end in self.ends for end in ends)
 
     def _grown(self, front: _Front, position: int, tokens: Int[Tensor, " candidates"]) -> _Front:
         """The front one token longer."""
@@ -112,10 +124,33 @@ class BeamSearch:
         ]
         kept = self._kept(extended.places, evidence, made)
         kept = [index for index in kept if made[index].weak <= constants().weak_rows]
-        nodes = tuple(range(len(self.rows), len(self.rows) + len(kept)))
+        nodes = range(len(self.rows), len(self.rows) + len(kept))
         self.rows += [made[index] for index in kept]
-        chosen = torch.tensor(kept, dtype=torch.long, device=tokens.device)
-        return _Front(nodes, self.ranking.passage.grown(front.cache, extended.take(chosen)))
+        looks = (position + 1) % constants().ends_every == 0
+        ended = self._over(list(nodes), constants().end_margin) if looks else set()
+        going = [(node, index) for node, index in zip(nodes, kept, strict=True) if node not in ended]
+        chosen = torch.tensor([index for _, index in going], dtype=torch.long, device=tokens.device)
+        return _Front(tuple(node for node, _ in going), self.ranking.passage.grown(front.cache, extended.take(chosen)))
+
+    def _over(self, nodes: list[int], least: float = 0.0) -> set[int]:
+        """Those last rows of prefixes in which a text has surely ended; what lies behind its end stands out no more.
+
+        Args:
+            nodes: Last rows of prefixes.
+            least: By how much an end must fit better than other rows.
+        """
+        tree, places = self._grafted(nodes)
+        rows = {place: row for row, place in places.items()}
+        found = self.last.ends(tree, [places[node] for node in nodes])
+        over = {node: found[places[node]] for node in nodes if places[node] in found}
+        over = {node: end for node, end in over.items() if end.margin >= least}
+        for node, end in over.items():
+            row = rows[end.node]
+            self.ends[row] = end.misfit
+            for step in self._path(node):
+                if step >= row:
+                    self.rows[step] = replace(self.rows[step], strong=step == row)
+        return set(over)
 
     def _row(self, front: _Front, position: int, tried: int, place: int, token: int, evidence: float) -> _Row:
         """The row of an extension."""
@@ -153,22 +188,32 @@ class BeamSearch:
         return chosen[: constants().widest]
 
     def _unlike(self, order: list[int], made: list[_Row]) -> list[int]:
-        """Of rows in their order those that end in a way of their own.
+        """Of rows in their order those that end in a way of their own, and the best of every first token.
 
-        One that ends like a better one is a copy with a wrong token further back; one that ends like itself before goes
-        round in a circle, whose rows are alike at every turn.
+        One that ends like a better one of its first token is a copy with a wrong token further back, one that ends like
+        that of another text is that text's rows behind its own end; one that ends like itself before goes round in a
+        circle, whose rows are alike at every turn.
         """
-        ends: set[tuple[int, ...]] = set()
-        unlike, alike = [], constants().alike
+        best: dict[tuple[int, ...], int] = {}
+        first: dict[int, int] = {}
+        alike = constants().alike
         for index in order:
             row = made[index]
-            text = [*self._tokens(row.parent), row.token]
-            end = tuple(text[-alike:])
-            circling = any(tuple(text[at : at + alike]) == end for at in range(len(text) - alike))
-            if len(text) < alike or (end not in ends and not circling):
-                unlike.append(index)
-                ends.add(end)
-        return unlike
+            text = (*self._tokens(row.parent), row.token)
+            end = text[-alike:]
+            if len(text) > alike and any(text[at : at + alike] == end for at in range(len(text) - alike)):
+                continue
+            first.setdefault(row.root, index)
+            rival = best.setdefault(end if len(text) >= alike else text, index)
+            if made[rival].root != row.root and self._recent(made[rival]) < self._recent(row):
+                best[end] = index
+        unlike = {*best.values(), *first.values()}
+        return [index for index in order if index in unlike]
+
+    def _recent(self, row: _Row) -> float:
+        """The evidence of a text's last rows."""
+        before = [] if row.parent is None else self._path(row.parent)[1 - constants().alike :]
+        return row.evidence + sum(self.rows[step].evidence for step in before)
 
     def _tokens(self, index: int | None) -> list[int]:
         """The tokens up to a row."""
@@ -190,11 +235,10 @@ class BeamSearch:
             step = before
 
     def _unexplained(self) -> list[int]:
-        """Last rows of the texts that have rows of their own, the best text first."""
-        strong = [index for index, row in enumerate(self.rows) if row.strong]
-        inner = {step for index in strong for step in self._path(index)[:-1]}
-        leaves = (self._ended(index) for index in strong if index not in inner)
-        ends = sorted(leaves, key=lambda index: -self.rows[index].total)
+        """Last rows of the texts that have rows of their own, the best text first, by the last block where it tells."""
+        self._over([leaf for leaf in self._leaves() if leaf not in self.ends])
+        leaves = {self._ended(index) for index in self._leaves()}
+        ends = sorted(leaves, key=lambda index: (self.ends.get(index, math.inf), -self.rows[index].total))
         explained: set[tuple[int | None, int]] = set()
         chosen = []
         for end in ends:
@@ -207,10 +251,16 @@ class BeamSearch:
                 explained |= {(before, row.token) for before, row in pairs}
         return chosen
 
+    def _leaves(self) -> list[int]:
+        """Rows behind which none stands out, and those at which texts end."""
+        strong = [index for index, row in enumerate(self.rows) if row.strong]
+        inner = {step for index in strong for step in self._path(index)[:-1]}
+        return [index for index in strong if index not in inner or index in self.ends]
+
     def _ended(self, index: int) -> int:
         """Where the text of a row ends: behind it, rows fit far worse than usual in it."""
-        path, usually = self._path(index), self._usual(index)
-        while len(path) > 1 and self.rows[path[-1]].evidence < constants().ending * usually:
+        path, least = self._path(index), constants().ending * self._usual(index)
+        while len(path) > 1 and path[-1] not in self.ends and self.rows[path[-1]].evidence < least:
             path.pop()
         return path[-1]
 
@@ -218,8 +268,11 @@ class BeamSearch:
         """The evidence of a usual row up to one."""
         return statistics.median(self.rows[step].evidence for step in self._path(index))
 
-    def _tree(self, ends: list[int]) -> Tree:
-        """The prefixes of some texts as a tree; a text's ratio is what chance explains of its mean evidence."""
+    def _grafted(self, ends: list[int]) -> tuple[Tree, dict[int, int]]:
+        """The prefixes of some texts as a tree, and its node of each row.
+
+        A text's ratio is what chance explains of its mean evidence.
+        """
         tree, nodes = Tree(), dict[int, int]()
         wanted = {step for end in ends for step in self._path(end)}
         needed = self._needed(len(self.candidates.distinct()))
@@ -233,7 +286,7 @@ class BeamSearch:
                 ratio=needed / max(row.evidence, 1e-3),
                 rotary=self.ranking.rotary,
             )
-        return tree
+        return tree, nodes
 
 
 def _near_best(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"]) -> Bool[Tensor, " rows"]:

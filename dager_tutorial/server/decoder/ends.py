@@ -8,13 +8,11 @@ prefixes pass, and the leaves are what can be said.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.tap import QUERY, Tap
-from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.last_rows import last_ratios
 from dager_tutorial.server.decoder.neighbours import Neighbours
 from dager_tutorial.server.decoder.tree import Tree
@@ -72,34 +70,6 @@ def whole_texts(
     longest = sorted(cut, key=lambda leaf: (-len(tree.nodes[leaf].tokens), tree.nodes[leaf].ratio))[:room]
     proven = frozenset(index for index in ends if neighbours is None or neighbours.apart(tree.nodes[index]))
     return Texts(tuple(sorted(ends.union(longest))), proven, seen=True, crowded=crowded and neighbours is None)
-
-
-def likely_ends(adapter: DecoderAdapter, tree: Tree, attended: Mapping[Tap, Span]) -> tuple[tuple[int, ...], bool]:
-    """For each leaf the prefix on the way to it where its text most likely ends, where nothing proves an end.
-
-    A text's last row fits better in the last block than the rows before it and any behind it, gap or no gap.
-
-    Args:
-        adapter: The architecture.
-        tree: The likeliest prefixes.
-        attended: The span of the last block's attention output, where there is one.
-
-    Returns:
-        Indices of nodes, a leaf itself where no prefix of it stands out; and whether on the way to each one does.
-    """
-    leaves = tree.leaves()
-    if not leaves or not attended:
-        return tuple(leaves), False
-    ((_, ratios),) = last_ratios(adapter, tree, leaves, attended).items()
-    ends, told = set(), True
-    for leaf in leaves:
-        path = [index for index in tree.path(leaf) if index in ratios]
-        best = min(path, key=lambda index: ratios[index])
-        usual = statistics.median(ratios[index] for index in path)
-        stands_out = ratios[best] <= constants().last_share * usual
-        ends.add(best if stands_out else leaf)
-        told &= stands_out
-    return tuple(sorted(ends)), told
 
 
 def _ends(

@@ -5,15 +5,14 @@ Chapter `12_federated`.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from dager_tutorial.models.adapter import DecoderAdapter
-from dager_tutorial.models.tap import ATTENTION_OUTPUT
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP_OUTPUT, QUERY
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.beams import BeamSearch
-from dager_tutorial.server.decoder.ends import likely_ends, whole_texts
+from dager_tutorial.server.decoder.ends import whole_texts
 from dager_tutorial.server.decoder.found import Found, Spans, likeliest
+from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.neighbours import Neighbours
 from dager_tutorial.server.decoder.passage import Passage
 from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
@@ -22,6 +21,8 @@ from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import Outcome
 from dager_tutorial.server.token_filter import Candidates
 from dager_tutorial.server.verdict import no_beginning, of_ranking
+
+_KINDS = (ATTENTION_OUTPUT, QUERY, MLP_OUTPUT)  # the MLP's input is hardly wider than the noise of all rows
 
 
 def by_rank(
@@ -32,34 +33,42 @@ def by_rank(
     One block tells enough where little drifted, and costs little. That it did shows in the last block, at the ends.
     """
     clear = {tap: span for tap, span in last.items() if span.clear}
-    attended = {tap: span for tap, span in last.items() if tap.kind == ATTENTION_OUTPUT}
+    block = _last_block(evidence, adapter, budget)
     neighbours = neighbours_of(evidence, adapter, clear, candidates, budget)
     deepest = max(1, min(constants().ranked_blocks, adapter.num_blocks - 1))  # of the last block its input counts
     for blocks in sorted({1, deepest}):
-        tree = _tree(evidence, adapter, candidates, budget, blocks)
-        with evidence.watch.stage("search"):
-            texts = whole_texts(adapter, tree, clear, neighbours=neighbours)
-            nodes, told = likely_ends(adapter, tree, attended)
+        tree, told = _tree(evidence, adapter, candidates, budget, blocks, block)
         if told or budget.late:
             break
-    likely = likeliest(Found(tree, texts if texts.seen else replace(texts, nodes=nodes), {}, clear))
+    with evidence.watch.stage("search"):
+        texts = whole_texts(adapter, tree, clear, neighbours=neighbours)
+    likely = likeliest(Found(tree, texts, {}, clear))
     if not likely.texts.nodes:
         return likely.outcome(*no_beginning(adapter, late=budget.late))
     return likely.outcome(*of_ranking(likely.ends, len(likely.texts.confirmed), late=budget.late))
 
 
-def _tree(evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, budget: Budget, blocks: int) -> Tree:
-    """The texts that the taps of so many blocks rank first, as a tree."""
+def _last_block(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> LastBlock:
+    """What tells ends: the taps of the last block that have room, however much noise there is."""
+    taps = [] if budget.late else [adapter.tap(adapter.num_blocks - 1, kind) for kind in _KINDS]
+    spans = evidence.present(*taps)
+    return LastBlock(adapter, {tap: span for tap, span in spans.items() if span.rank and not span.saturated})
+
+
+def _tree(
+    evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, budget: Budget, blocks: int, last: LastBlock
+) -> tuple[Tree, bool]:
+    """The texts that the taps of so many blocks rank first, as a tree, and whether the last block tells all ends."""
     present = evidence.present(*ranked_taps(adapter, blocks))
     ranked = {tap: span for tap, span in present.items() if span.rank}
     if not ranked:
-        return Tree()
+        return Tree(), False
     # Leverages of a full span say little beside residuals, and ask for all of its directions.
     spans = {tap: span for tap, span in ranked.items() if not span.saturated} or ranked
     readers = {tap: Misfit(span) for tap, span in spans.items()}
     with evidence.watch.stage("search"):
         passage = Passage(adapter, readers, budget, blocks=blocks)
-        return BeamSearch(candidates, Ranking(passage, candidates.distinct(), budget.generator()), budget).run()
+        return BeamSearch(candidates, Ranking(passage, candidates.distinct(), budget.generator()), last, budget).run()
 
 
 def ranked_prefixes(
@@ -76,7 +85,8 @@ def ranked_prefixes(
     Returns:
         Token ids of the longest prefix of each, which may go beyond its end.
     """
-    tree = _tree(evidence, adapter, candidates, budget, blocks=1)
+    last = _last_block(evidence, adapter, budget)
+    tree, _ = _tree(evidence, adapter, candidates, budget, blocks=1, last=last)
     return [tree.nodes[leaf].tokens for leaf in tree.leaves()]
 
 

@@ -215,8 +215,9 @@ class Ranking:
         most = (constants().ranked, constants().ranked_deep) if position else (constants().ranked_first,) * 2
         extension = FirstBlock.screened(self.passage.adapter, None, self.passage.budget).extension(position, tokens)
         rows = self._attended(cache, begun, extension, chance, most[0])
-        rows = self.passage.through(rows, cache, min(3, self.passage.halves))
-        rows = rows.take(_best_of_each(rows.places, chance.evidence(self.misfits(rows)), most[1]))
+        for halves, fewer in ((2, constants().ranked_wide if position else most[0]), (3, most[1])):
+            rows = self.passage.through(rows, cache, min(halves, self.passage.halves))
+            rows = rows.take(_best_of_each(rows.places, chance.evidence(self.misfits(rows)), fewer))
         return self.passage.through(rows, cache, self.passage.halves)
 
     def _attended(self, cache: Cache, begun: Tensor, extension: Extension, chance: Chance, most: int) -> Rows:
@@ -246,7 +247,7 @@ class Ranking:
         """
         taps = [self.passage.adapter.tap(0, kind) for kind in (MLP, ATTENTION_OUTPUT)]
         seen = [tap for tap in taps if tap in self.passage.readers]
-        if not seen:
+        if not seen or len(choice) <= most:
             return choice
         glance = replace(self.passage, readers={seen[0]: self.passage.readers[seen[0]]})
         entry = 24 * self.passage.adapter.hidden_size

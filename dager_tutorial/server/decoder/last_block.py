@@ -1,0 +1,79 @@
+"""Where texts end by the last block, where no gap proves it: all of its taps name the same place.
+
+Chapter `12_federated`.
+
+Where a loss reads only each text's last token, the last block has rows of these tokens alone. A text's last row fits
+there better than the rows before it and any behind it, gap or no gap, and so it is at every tap; a text that is not
+there, or not yet whole, fits best here at one place and there at another. And since all blocks lie before it, this row
+tells of the whole text: it fits worse where a token is missing, wrong or one too many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.tap import QUERY, Tap
+from dager_tutorial.server.decoder.last_rows import last_ratios
+from dager_tutorial.server.decoder.tree import Tree
+from dager_tutorial.server.subspace import Span
+
+
+class End(NamedTuple):
+    """Where a text ends.
+
+    Attributes:
+        node: The prefix that all taps name.
+        misfit: How badly it fits, the logarithms over the taps summed.
+        margin: By how much the next best prefixes fit worse.
+    """
+
+    node: int
+    misfit: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class LastBlock:
+    """Tells ends by the last block.
+
+    Attributes:
+        adapter: The architecture.
+        spans: Of the last block's taps, as far as they were shared and have room.
+    """
+
+    adapter: DecoderAdapter
+    spans: Mapping[Tap, Span]
+
+    def ends(self, tree: Tree, leaves: list[int]) -> dict[int, End]:
+        """For leaves the prefix on the way to each that all taps name; without those for which they name several.
+
+        Args:
+            tree: The likeliest prefixes.
+            leaves: Indices of its nodes.
+        """
+        if len(self.spans) < 2 or not leaves:
+            return {}
+        ratios = last_ratios(self.adapter, tree, leaves, self.spans)
+        found = {leaf: _end(tree, leaf, ratios) for leaf in leaves}
+        return {leaf: end for leaf, end in found.items() if end is not None}
+
+
+def _end(tree: Tree, leaf: int, ratios: Mapping[Tap, Mapping[int, float]]) -> End | None:
+    """The one prefix on the way to a leaf that fits best at every tap."""
+    best, misfit, margin = set(), 0.0, 0.0
+    for tap, found in ratios.items():
+        path = [index for index in tree.path(leaf) if index in found]
+        if tap.kind == QUERY:  # a softmax over one key is constant: a first token has no query gradient
+            path = [index for index in path if tree.nodes[index].parent is not None]
+        if not path:
+            continue
+        order = sorted(path, key=lambda index: found[index])
+        logs = [math.log(max(found[index], 1e-30)) for index in order[:2]]
+        best.add(order[0])
+        misfit += logs[0]
+        margin += logs[-1] - logs[0]
+    return End(best.pop(), misfit, margin) if len(best) == 1 else None
