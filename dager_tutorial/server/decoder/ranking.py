@@ -32,15 +32,18 @@ def ranked_taps(adapter: DecoderAdapter, blocks: int) -> list[Tap]:
     """The taps by which extensions are ranked: of the first blocks, in the order of the forward pass.
 
     What enters block 0 has chosen the candidates. Of the last block only its input counts: behind it, a loss on the
-    texts' ends has rows of nothing else.
+    texts' ends has rows of nothing else. What enters an MLP's output map is the widest, and tells least where a further
+    block is read.
 
     Args:
         adapter: The architecture.
         blocks: How many blocks extensions go through.
     """
     inner = range(min(blocks, adapter.num_blocks - 1))
-    taps = [adapter.tap(block, kind) for block in inner for kind in (QKV, ATTENTION_OUTPUT, MLP, MLP_OUTPUT)]
-    return [*taps[1:], adapter.tap(len(inner), QKV)] if inner else [adapter.tap(0, ATTENTION_OUTPUT)]
+    if not inner:
+        return [adapter.tap(0, ATTENTION_OUTPUT)]
+    taps = [adapter.tap(block, kind) for block in inner for kind in (QKV, ATTENTION_OUTPUT, MLP)]
+    return [*taps[1:], adapter.tap(inner[-1], MLP_OUTPUT), adapter.tap(len(inner), QKV)]
 
 
 @dataclass(frozen=True)
