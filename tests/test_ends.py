@@ -16,10 +16,9 @@ from dager_tutorial.client.step import client_update
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP_OUTPUT, QUERY
-from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.ends import Texts, whole_texts
 from dager_tutorial.server.decoder.found import Found
-from dager_tutorial.server.decoder.last_block import LastBlock
+from dager_tutorial.server.decoder.last_block import End, LastBlock
 from dager_tutorial.server.decoder.neighbours import Neighbours
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.evidence import Evidence, evidence_of
@@ -191,6 +190,6 @@ def test_without_proof_a_text_ends_where_its_last_row_fits_best(tiny_gpt2: Langu
     leaves = tree.leaves()
     ends = LastBlock(adapter, last).ends(tree, leaves)
     assert tokens_of(tree, tuple(end.node for end in ends.values())) == truth(tiny_gpt2, texts)
-    assert min(end.margin for end in ends.values()) > constants().end_margin
+    assert all(end.sure for end in ends.values()) and not End(0, misfit=1.0, margin=9.0).sure
     one = {tap: span for tap, span in last.items() if tap.kind == MLP_OUTPUT}
     assert not LastBlock(adapter, one).ends(tree, leaves)

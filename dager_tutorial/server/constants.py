@@ -106,9 +106,7 @@ class Constants:
     filter_directions: int = _constant(64, "random directions of the complement that screen all pairs", "cost")
     filter_positions: int = _constant(32, "positions that are screened in one product", "cost")
     filter_pairs: int = _constant(8192, "pairs that are tested exactly at once", "cost")
-    row_rounding: float = _constant(
-        1e-4, "share of a usual row of the embedding gradient below which it is rounding", "numerics"
-    )
+    row_rounding: float = _constant(1e-4, "share of a usual row of an embedding that is rounding", "numerics")
     fewest_entries: int = _constant(8, "entries not zero of an embedding's row, lest others were lost", "statistics")
     # Weight differences (chapter `11_limits`)
     drift_length: int = _constant(12, "tokens of each random text on which drift is measured", "cost")
@@ -167,7 +165,10 @@ class Constants:
     weak_rows: int = _constant(2, "more rows that do not stand out than do before a beam is given up", "chosen")
     alike: int = _constant(4, "last tokens by which a prefix is known as a copy of a better one", "chosen")
     ending: float = _constant(0.4, "share of a text's usual evidence below which its last rows are none", "chosen")
-    end_margin: float = _constant(0.7, "by how much, as a logarithm, an end fits better", "measured: .83, else .61")
+    end_misfit: float = _constant(
+        0.8, "logarithm of an end's residual over that of a true row", "measured: .64, else 1"
+    )
+    end_margin: float = _constant(0.23, "by how much, as a logarithm, others fit worse", "measured: true above .27")
     ends_every: int = _constant(8, "positions after which ends are looked for", "cost")
     own_rows: float = _constant(2.0, "outstanding rows that a text needs which no better text has", "chosen")
     # Decoder search where an adapter is narrower than its text is long

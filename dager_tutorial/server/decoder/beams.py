@@ -127,23 +127,17 @@ class BeamSearch:
         nodes = range(len(self.rows), len(self.rows) + len(kept))
         self.rows += [made[index] for index in kept]
         looks = (position + 1) % constants().ends_every == 0
-        ended = self._over(list(nodes), constants().end_margin) if looks else set()
+        ended = self._over(list(nodes)) if looks else set()
         going = [(node, index) for node, index in zip(nodes, kept, strict=True) if node not in ended]
         chosen = torch.tensor([index for _, index in going], dtype=torch.long, device=tokens.device)
         return _Front(tuple(node for node, _ in going), self.ranking.passage.grown(front.cache, extended.take(chosen)))
 
-    def _over(self, nodes: list[int], least: float = 0.0) -> set[int]:
-        """Those last rows of prefixes in which a text has surely ended; what lies behind its end stands out no more.
-
-        Args:
-            nodes: Last rows of prefixes.
-            least: By how much an end must fit better than other rows.
-        """
+    def _over(self, nodes: list[int]) -> set[int]:
+        """Those last rows of prefixes in which a text has surely ended; what lies behind its end stands out no more."""
         tree, places = self._grafted(nodes)
         rows = {place: row for row, place in places.items()}
         found = self.last.ends(tree, [places[node] for node in nodes])
         over = {node: found[places[node]] for node in nodes if places[node] in found}
-        over = {node: end for node, end in over.items() if end.margin >= least}
         for node, end in over.items():
             row = rows[end.node]
             self.ends[row] = end.misfit

@@ -11,12 +11,14 @@ tells of the whole text: it fits worse where a token is missing, wrong or one to
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.tap import QUERY, Tap
+from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.last_rows import last_ratios
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.subspace import Span
@@ -27,13 +29,18 @@ class End(NamedTuple):
 
     Attributes:
         node: The prefix that all taps name.
-        misfit: How badly it fits, the logarithms over the taps summed.
+        misfit: How badly it fits: the logarithm of its residual in units of a true row's, the mean over the taps.
         margin: By how much the next best prefixes fit worse.
     """
 
     node: int
     misfit: float
     margin: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether the text goes on nowhere: a true row has about the residual that it should have."""
+        return self.misfit <= constants().end_misfit and self.margin >= constants().end_margin
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class LastBlock:
     spans: Mapping[Tap, Span]
 
     def ends(self, tree: Tree, leaves: list[int]) -> dict[int, End]:
-        """For leaves the prefix on the way to each that all taps name; without those for which they name several.
+        """For leaves the prefix on the way to each at which its text surely ends; without those on which there is none.
 
         Args:
             tree: The likeliest prefixes.
@@ -58,13 +65,15 @@ class LastBlock:
         if len(self.spans) < 2 or not leaves:
             return {}
         ratios = last_ratios(self.adapter, tree, leaves, self.spans)
-        found = {leaf: _end(tree, leaf, ratios) for leaf in leaves}
-        return {leaf: end for leaf, end in found.items() if end is not None}
+        bounds = {tap: self.spans[tap].bound for tap in ratios}
+        found = {leaf: _end(tree, leaf, ratios, bounds) for leaf in leaves}
+        return {leaf: end for leaf, end in found.items() if end is not None and end.sure}
 
 
-def _end(tree: Tree, leaf: int, ratios: Mapping[Tap, Mapping[int, float]]) -> End | None:
+def _end(tree: Tree, leaf: int, ratios: Mapping[Tap, Mapping[int, float]], bounds: Mapping[Tap, float]) -> End | None:
     """The one prefix on the way to a leaf that fits best at every tap."""
-    best, misfit, margin = set(), 0.0, 0.0
+    best: set[int] = set()
+    misfits, margins = [], []
     for tap, found in ratios.items():
         path = [index for index in tree.path(leaf) if index in found]
         if tap.kind == QUERY:  # a softmax over one key is constant: a first token has no query gradient
@@ -74,6 +83,6 @@ def _end(tree: Tree, leaf: int, ratios: Mapping[Tap, Mapping[int, float]]) -> En
         order = sorted(path, key=lambda index: found[index])
         logs = [math.log(max(found[index], 1e-30)) for index in order[:2]]
         best.add(order[0])
-        misfit += logs[0]
-        margin += logs[-1] - logs[0]
-    return End(best.pop(), misfit, margin) if len(best) == 1 else None
+        misfits.append(logs[0] + math.log(bounds[tap]))
+        margins.append(logs[-1] - logs[0])
+    return End(best.pop(), statistics.mean(misfits), statistics.mean(margins)) if len(best) == 1 else None
