@@ -20,7 +20,7 @@ from dager_tutorial.server.completion.guess import plausible_heads
 from dager_tutorial.server.completion.simulation import Ids, Simulator
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.ranked import ranked_prefixes
-from dager_tutorial.server.embedding_rows import anywhere
+from dager_tutorial.server.embedding_rows import anywhere, named_positions, named_tokens
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.missing.quantised import grid_deviation
 from dager_tutorial.server.noisy.account import Account, Entry
@@ -36,7 +36,7 @@ from dager_tutorial.update import Update
 def through_noise(
     model: LanguageModel, update: Update, head: Head | None, evidence: Evidence, outcome: Outcome, budget: Budget
 ) -> Outcome:
-    """Search an update that holds Gaussian noise or was rounded to a grid, where the usual search has not explained it.
+    """Search an update with Gaussian noise, on a grid or with missing entries that the usual search does not explain.
 
     Args:
         model: The model both sides know.
@@ -47,16 +47,16 @@ def through_noise(
         budget: What it may cost.
 
     Returns:
-        The same outcome where there is no such noise, or nothing stands out from it.
+        The same outcome where there is no such defence, or nothing stands out from it.
     """
     head = head or plausible_heads(update, evidence.adapter)[0]
     if outcome.status is Status.CERTIFIED or head.task != "classification" or budget.late:
         return outcome
     words = table_gradient(evidence, evidence.adapter.first_input.tokens)
-    deviation = None if evidence.bits else deviation_of(evidence)
-    if words is None or not (deviation or evidence.bits):
+    deviation = None if evidence.bits or evidence.pruned else deviation_of(evidence)
+    if words is None or not (deviation or evidence.bits or _whole_rows(evidence)):
         return outcome
-    # Rows of a grid that hold nothing are zero; the largest entry of a tensor tells its step.
+    # Elsewhere rows that hold nothing are zero; the largest entry of a tensor on a grid tells its step.
     tokens = outstanding(words, deviation) if deviation else words.any(1).nonzero()[:, 0]
     if not len(tokens):
         return outcome
@@ -67,10 +67,16 @@ def through_noise(
     return search.outcome(outcome)
 
 
+def _whole_rows(evidence: Evidence) -> bool:
+    """Whether entries are missing, but hardly any of the rows of both embeddings: most of these are zero anyway."""
+    return evidence.pruned and named_tokens(evidence) is not None and named_positions(evidence) is not None
+
+
 def _account(simulator: Simulator, update: Update, deviation: float | None, bits: int | None) -> Account:
     """The account of an update, of which the noise is known on every entry."""
     received = {name: update.gradients[name] for name in simulator.shared}
-    deviations = {name: deviation or grid_deviation(each, bits or 0) for name, each in received.items()}
+    single = 24  # bits that an entry has which nothing was done to
+    deviations = {name: deviation or grid_deviation(each, bits or single) for name, each in received.items()}
     return Account(simulator, received, deviations, bits)
 
 
@@ -114,9 +120,12 @@ class _Search:
         else:
             self.entries = Joint(self.account, words, (positions, first), self.tokens, self.budget).run()
             self.account.left_by(self.entries)
-        self._reviewed()
-        while len(self.entries) > 1 and not self.budget.late and not self.account.is_noise() and self._lightened():
-            pass
+        if self.account.pruned:  # the filter compares entries that were not sent, too; if all is explained, that proves
+            self.certain = [True] * len(self.entries)
+        else:
+            self._reviewed()
+            while len(self.entries) > 1 and not self.budget.late and self.account.is_more() and self._lightened():
+                pass
         self._settle()
 
     def _one_by_one(self, starts: Iterable[Ids]) -> None:
@@ -140,7 +149,8 @@ class _Search:
 
     def _lightened(self) -> bool:
         """Leave out the lightest text, a near-copy of another may be, if the others explain as much without it."""
-        before, entries, square = {**self.account.rest}, list(self.entries), self.account.square()
+        before, entries, certain = {**self.account.rest}, list(self.entries), self.certain
+        square = self.account.square()
         lightest = min(entries, key=lambda entry: entry.weight)
         self.account.rest = {name: each.clone() for name, each in before.items()}
         self.account.take(lightest._replace(weight=-lightest.weight))
@@ -148,7 +158,7 @@ class _Search:
         self._reviewed()
         if self.account.square() < square:
             return True
-        self.account.rest, self.entries, self.certain = before, entries, []
+        self.account.rest, self.entries, self.certain = before, entries, certain
         return False
 
     def _climb(self) -> Climb:
@@ -224,12 +234,11 @@ class _Search:
         """
         number = len(self.entries)
         noise = bool(number) and self.account.is_noise()
-        told = f"{self.account.noise} on every entry: {number} found by the matched filter"
+        told = f"{self.account.noise}: {number} found"
         if noise and len(self.certain) == number and all(self.certain):
             texts = self._texts({}, Certainty.WHOLE)
-            said = (
-                f"{told}; simulated they leave that noise, and each beats its likeliest neighbours (less than a proof)"
-            )
+            left = "that noise, and each beats its likeliest neighbours (less than a proof)"
+            said = f"{told}; simulated they leave {'nothing' if self.account.pruned else left}"
             return Outcome(Status.CERTIFIED, said, texts, size=number)
         if not number or before.status.claims_all:
             return before
