@@ -1,4 +1,4 @@
-"""An update with noise, on a grid or pruned: what embeddings still name, and a matched filter of whole gradients.
+"""An update with Gaussian noise or on a grid: what embeddings still name, and a matched filter of whole gradients.
 
 Chapter `14_defences`.
 """

@@ -13,10 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dager_tutorial.models.tap import precise
-from dager_tutorial.server.completion.remainder import norm, widened
+from dager_tutorial.server.completion.remainder import widened
 from dager_tutorial.server.completion.simulation import Ids, Simulator, of_logits
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.missing.entries import on_kept
 from dager_tutorial.server.missing.quantised import beyond_rounding
 from dager_tutorial.server.odds import chance_quantile
 
@@ -55,18 +54,11 @@ class Account:
         self.entries = sum(each.numel() for each in self.rest.values())
 
     @property
-    def pruned(self) -> bool:
-        """Whether entries are missing, and those that were sent are as exact as the client's arithmetic."""
-        return self.simulator.sent[1]
-
-    @property
     def noise(self) -> str:
-        """What hides the texts, in words."""
-        if self.pruned:
-            return "entries are missing, and what was sent of both embeddings names texts"
+        """What the noise is, in words."""
         if self.bits is not None:
-            return f"rounding to {self.bits} bits on every entry"
-        return f"noise of deviation {next(iter(self.deviations.values())):.1e} on every entry"
+            return f"rounding to {self.bits} bits"
+        return f"noise of deviation {next(iter(self.deviations.values())):.1e}"
 
     def left_by(self, entries: Sequence[Entry]) -> None:
         """Take some texts off the whole update, and no others."""
@@ -101,11 +93,8 @@ class Account:
     def is_noise(self) -> bool:
         """Whether every tensor of what is left is as long as the noise makes it, no more and no less.
 
-        Of a grid more is known: how far from it a number can lie. Where entries are missing the others are exact.
+        Of a grid more is known: how far from it a number can lie.
         """
-        if self.pruned:
-            left = norm(on_kept(self.rest, self.received))
-            return left <= constants().certified * norm(self.received)
         if self.bits is not None:
             return beyond_rounding(self.rest, self.received, self.bits) == 0.0
         tensors = [(self._square(name), each.numel()) for name, each in self.rest.items()]

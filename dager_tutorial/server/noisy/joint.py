@@ -53,7 +53,7 @@ class Joint:
         while not self.budget.late and (ending := self._ending(entries)) is not None:
             entries = self._settled([*entries, ending])
             self.budget.report("completion", len(entries))
-        return self._exchanged(entries)
+        return self.exchanged(entries)
 
     def _ending(self, entries: list[Entry]) -> Entry | None:
         """The beginning of what is left whose last slope explains most of its position's row, if that is a text's end.
@@ -93,16 +93,19 @@ class Joint:
         """The texts once no token moves, or for some rounds no fewer do than did before; weighed anew."""
         fewest, idle = sum(len(entry.tokens) for entry in entries), 0
         while fewest and idle < constants().idle_rounds and not self.budget.late:
-            before, entries = entries, self._placed(entries)
+            before, entries = entries, self.placed(entries)
             pairs = zip(before, entries, strict=True)
             moved = sum(old != new for one, other in pairs for old, new in zip(one.tokens, other.tokens, strict=True))
             fewest, idle = min(moved, fewest), idle + 1 if moved >= fewest else 0
         return self._weighed(entries)
 
-    def _placed(self, entries: list[Entry]) -> list[Entry]:
+    def placed(self, entries: list[Entry]) -> list[Entry]:
         """The texts with the token at every place whose row its slope makes up most, so that every token has a place.
 
         A token that a row names stands somewhere: where there are places enough, none is left out.
+
+        Args:
+            entries: At least one.
         """
         slopes = self._slopes(entries)
         found = shares(self._rows, torch.cat(slopes))
@@ -114,10 +117,13 @@ class Joint:
         parts = self.tokens[likeliest].split([len(each) for each in slopes])
         return [one._replace(tokens=tuple(part.tolist())) for one, part in zip(entries, parts, strict=True)]
 
-    def _exchanged(self, entries: list[Entry]) -> list[Entry]:
+    def exchanged(self, entries: list[Entry]) -> list[Entry]:
         """The texts after two of them have changed tokens at one place, as long as less is left of the rows.
 
         Rounds that move every token alone never leave such a pair: each slope fits what stands in the other text.
+
+        Args:
+            entries: Of tokens in question, with their weights.
         """
         least, better = self._square(entries), True
         while better:
@@ -132,8 +138,22 @@ class Joint:
                     break
         return entries
 
+    def told(self, entries: list[Entry]) -> bool:
+        """Whether every likely exchange leaves more of the rows by more than noise makes.
+
+        Each text alone may fit better than its neighbours although two of them have changed tokens. What an exchange
+        of true texts leaves more, a square, has the deviation of the noise times twice its root.
+
+        Args:
+            entries: Of tokens in question, with the weights they have in their batch.
+        """
+        least = self._square(entries) + (2 * constants().apart) ** 2
+        return all(self._square(changed) >= least for changed in self._exchanges(entries))
+
     def _exchanges(self, entries: list[Entry]) -> list[list[Entry]]:
         """The texts with two tokens of one place exchanged, for the places where that costs the shares least."""
+        if len(entries) < 2:
+            return []
         found = shares(self._rows, torch.cat(self._slopes(entries)))
         parts = found.split([len(each.tokens) for each in entries])
         columns = [torch.searchsorted(self.tokens, self.tokens.new_tensor(each.tokens)) for each in entries]

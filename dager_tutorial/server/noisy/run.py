@@ -20,7 +20,7 @@ from dager_tutorial.server.completion.guess import plausible_heads
 from dager_tutorial.server.completion.simulation import Ids, Simulator
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.ranked import ranked_prefixes
-from dager_tutorial.server.embedding_rows import anywhere, named_positions, named_tokens
+from dager_tutorial.server.embedding_rows import anywhere
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.missing.quantised import grid_deviation
 from dager_tutorial.server.noisy.account import Account, Entry
@@ -36,7 +36,7 @@ from dager_tutorial.update import Update
 def through_noise(
     model: LanguageModel, update: Update, head: Head | None, evidence: Evidence, outcome: Outcome, budget: Budget
 ) -> Outcome:
-    """Search an update with Gaussian noise, on a grid or with missing entries that the usual search does not explain.
+    """Search an update that holds Gaussian noise or was rounded to a grid, where the usual search has not explained it.
 
     Args:
         model: The model both sides know.
@@ -47,16 +47,16 @@ def through_noise(
         budget: What it may cost.
 
     Returns:
-        The same outcome where there is no such defence, or nothing stands out from it.
+        The same outcome where there is no such noise, or nothing stands out from it.
     """
     head = head or plausible_heads(update, evidence.adapter)[0]
     if outcome.status is Status.CERTIFIED or head.task != "classification" or budget.late:
         return outcome
     words = table_gradient(evidence, evidence.adapter.first_input.tokens)
-    deviation = None if evidence.bits or evidence.pruned else deviation_of(evidence)
-    if words is None or not (deviation or evidence.bits or _whole_rows(evidence)):
+    deviation = None if evidence.bits else deviation_of(evidence)
+    if words is None or not (deviation or evidence.bits):
         return outcome
-    # Elsewhere rows that hold nothing are zero; the largest entry of a tensor on a grid tells its step.
+    # Rows of a grid that hold nothing are zero; the largest entry of a tensor tells its step.
     tokens = outstanding(words, deviation) if deviation else words.any(1).nonzero()[:, 0]
     if not len(tokens):
         return outcome
@@ -67,16 +67,10 @@ def through_noise(
     return search.outcome(outcome)
 
 
-def _whole_rows(evidence: Evidence) -> bool:
-    """Whether entries are missing, but hardly any of the rows of both embeddings: most of these are zero anyway."""
-    return evidence.pruned and named_tokens(evidence) is not None and named_positions(evidence) is not None
-
-
 def _account(simulator: Simulator, update: Update, deviation: float | None, bits: int | None) -> Account:
     """The account of an update, of which the noise is known on every entry."""
     received = {name: update.gradients[name] for name in simulator.shared}
-    single = 24  # bits that an entry has which nothing was done to
-    deviations = {name: deviation or grid_deviation(each, bits or single) for name, each in received.items()}
+    deviations = {name: deviation or grid_deviation(each, bits or 0) for name, each in received.items()}
     return Account(simulator, received, deviations, bits)
 
 
@@ -115,18 +109,20 @@ class _Search:
         words = self.account.name_of(adapter.first_input.tokens)
         table, first = adapter.position_table or (None, 0)
         positions = None if table is None else self.account.name_of(table)
+        joint: Joint | None = None
         if words is None or positions is None:
             self._one_by_one(starts())
         else:
-            self.entries = Joint(self.account, words, (positions, first), self.tokens, self.budget).run()
+            joint = Joint(self.account, words, (positions, first), self.tokens, self.budget)
+            self.entries = joint.run()
             self.account.left_by(self.entries)
-        if self.account.pruned:  # the filter compares entries that were not sent, too; if all is explained, that proves
-            self.certain = [True] * len(self.entries)
-        else:
+        if self.account.is_more() or not self._told():  # where all is explained a climb finds what is there
             self._reviewed()
             while len(self.entries) > 1 and not self.budget.late and self.account.is_more() and self._lightened():
                 pass
         self._settle()
+        if joint is not None and all(self.certain) and not joint.told(self.entries):
+            self.certain = []
 
     def _one_by_one(self, starts: Iterable[Ids]) -> None:
         """Find texts until what is left is noise."""
@@ -141,6 +137,20 @@ class _Search:
             strongest = max(strongest, found.value)
             self._enter(found)
             self.budget.report("completion", len(self.entries))
+
+    def _told(self) -> bool:
+        """Whether every text is told from its neighbours as it is."""
+        self.certain = [self._stands(entry) for entry in self.entries]
+        return all(self.certain)
+
+    def _stands(self, entry: Entry) -> bool:
+        """Whether a text is told from its neighbours, all others taken off, and from itself with another label."""
+        before, self.account.rest = self.account.rest, {name: each.clone() for name, each in self.account.rest.items()}
+        self.account.take(entry._replace(weight=-entry.weight))
+        climb = self._climb()
+        text = climb.best([entry.tokens])
+        self.account.rest = before
+        return text.label == entry.label and self._apart(climb, text)
 
     def _reviewed(self) -> None:
         """Look at all texts until none changes."""
@@ -217,14 +227,17 @@ class _Search:
             return False
         if self.account.hides(text.value**2):
             return False
-        rival = float(climb.matched.scores(climb.neighbours(text)).values.max())
+        rivals = [*climb.neighbours(text), *climb.shorter(text)]
+        rival = float(climb.matched.scores(rivals).values.max())
         behind = math.sqrt(max(text.value - rival, 0.0) * text.value / 2)
         return behind >= constants().apart
 
     def _settle(self) -> None:
         """Give every text the weight that it has in a batch of so many."""
-        self.entries = [entry._replace(weight=1 / len(self.entries)) for entry in self.entries]
-        self.account.left_by(self.entries)
+        settled = [entry._replace(weight=1 / len(self.entries)) for entry in self.entries]
+        if settled != self.entries:
+            self.entries = settled
+            self.account.left_by(settled)
 
     def outcome(self, before: Outcome) -> Outcome:
         """What was found, proven where nothing but noise is left; what was known before stays known.
@@ -234,11 +247,12 @@ class _Search:
         """
         number = len(self.entries)
         noise = bool(number) and self.account.is_noise()
-        told = f"{self.account.noise}: {number} found"
+        told = f"{self.account.noise} on every entry: {number} found by the matched filter"
         if noise and len(self.certain) == number and all(self.certain):
             texts = self._texts({}, Certainty.WHOLE)
-            left = "that noise, and each beats its likeliest neighbours (less than a proof)"
-            said = f"{told}; simulated they leave {'nothing' if self.account.pruned else left}"
+            said = (
+                f"{told}; simulated they leave that noise, and each beats its likeliest neighbours (less than a proof)"
+            )
             return Outcome(Status.CERTIFIED, said, texts, size=number)
         if not number or before.status.claims_all:
             return before
@@ -249,8 +263,10 @@ class _Search:
 
     def _texts(self, known: Mapping[Ids, FoundText], certainty: Certainty) -> tuple[FoundText, ...]:
         """The texts of the account with their labels, and those that were known before."""
+        labels: dict[Ids, tuple[int, ...]] = {}
+        for entry in self.entries:
+            labels[entry.tokens] = (*labels.get(entry.tokens, ()), entry.label)
         found = {
-            entry.tokens: FoundText(entry.tokens, 1.0, Confirmation(certainty), (entry.label,), 1)
-            for entry in self.entries
+            tokens: FoundText(tokens, 1.0, Confirmation(certainty), each, len(each)) for tokens, each in labels.items()
         }
         return tuple({**found, **known}.values())
