@@ -19,7 +19,9 @@ from dager_tutorial.server.attack import attack
 from dager_tutorial.server.budget import AttackConfig, Budget
 from dager_tutorial.server.completion.simulation import Simulator
 from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.server.noisy.account import Account, Entry
 from dager_tutorial.server.noisy.deviation import deviation_of, outstanding, table_gradient
+from dager_tutorial.server.noisy.joint import Joint
 from dager_tutorial.server.noisy.matched import Matched
 from dager_tutorial.server.noisy.run import through_noise
 from dager_tutorial.server.outcome import Outcome
@@ -76,6 +78,36 @@ def test_texts_of_one_update_come_back_together_and_are_certified(tiny_gpt2: Lan
     found = attack(tiny_gpt2, noised(clean, 1e-5 * length(clean.gradients)))
     assert found.status is Status.CERTIFIED, found.diagnosis
     assert set(found.confirmed) == truth(tiny_gpt2, texts)
+
+
+def joint_of(model: LanguageModel, update: Update) -> Joint:
+    evidence = evidence_of(model, update)
+    simulator = Simulator(model, update, Head(), torch.float32)
+    table, first = evidence.adapter.position_table or pytest.fail("positions are needed")
+    rows, deviation = table_gradient(evidence, evidence.adapter.first_input.tokens), deviation_of(evidence)
+    assert rows is not None and deviation is not None
+    account = Account(simulator, update.gradients, dict.fromkeys(simulator.shared, deviation), None)
+    words, positions = account.name_of(evidence.adapter.first_input.tokens), account.name_of(table)
+    assert words is not None and positions is not None
+    budget = Budget.of(AttackConfig(), time.monotonic(), None)
+    return Joint(account, words, (positions, first), outstanding(rows, deviation), budget)
+
+
+def test_exchanged_and_forgotten_tokens_are_put_right(tiny_gpt2: LanguageModel) -> None:
+    texts = [TEXT, "cup young snow never listen to the wind"]
+    clean = client_update(tiny_gpt2, texts, [1, 0])
+    joint = joint_of(tiny_gpt2, noised(clean, 1e-5 * length(clean.gradients)))
+    (first,), (second,) = (truth(tiny_gpt2, [text]) for text in texts)
+    right = [Entry(first, 1, 0.5), Entry(second, 0, 0.5)]
+    exchanged = [
+        right[0]._replace(tokens=(*first[:2], second[2], *first[3:])),
+        right[1]._replace(tokens=(*second[:2], first[2], *second[3:])),
+    ]
+    assert joint.told(right)
+    assert not joint.told(exchanged)
+    assert joint.exchanged(exchanged) == right
+    forgotten = [right[0]._replace(tokens=(*first[:4], first[3], *first[5:])), right[1]]
+    assert {token for entry in joint.placed(forgotten) for token in entry.tokens} == set(joint.tokens.tolist())
 
 
 def test_an_update_that_drowns_gives_no_text(tiny_gpt2: LanguageModel) -> None:

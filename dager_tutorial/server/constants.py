@@ -65,9 +65,7 @@ class Constants:
     filling_seed: int = _constant(1_414_213_562, "seed of that choice, which nobody else takes", "chosen")
     filled: float = _constant(1e-6, "share of the entries that a filled gradient may leave", "numerics: float32 sums")
     filling_error: float = _constant(1e-3, "share of held-out entries that it may miss them by", "chosen")
-    entries_a_number: float = _constant(
-        1.2, "entries for each number of a low-rank matrix below which it is not filled", "measured: 1.1 fails"
-    )
+    entries_a_number: float = _constant(1.2, "entries for each number of a low-rank matrix", "measured: 1.1 fails")
     entries_a_direction: float = _constant(2.0, "entries of a row for each of its coefficients", "measured: 1.3 fails")
     filling_pays: float = _constant(0.95, "share to which a round must lower the rest, or the rank grows", "cost")
     filling_gap: float = _constant(3.0, "ratio of neighbouring directions at which a rank may end", "measured")
@@ -204,6 +202,8 @@ class Constants:
     idle_rounds: int = _constant(6, "rounds after which tokens that move as many as before are left", "cost")
     even_weights: float = _constant(0.1, "share by which weights of one batch's texts may seem uneven", "chosen")
     outstanding: float = _constant(8.0, "deviations of the matched filter below which a text is none", "statistics")
+    weakest_end: float = _constant(0.3, "share of the usual weight that a text has by its end alone", "measured: .1")
+    endings: int = _constant(8, "places at which a text may end that are tried at once", "cost")
     weakest_text: float = _constant(0.2, "share of the strongest text's S that every other one has", "chosen")
     apart: float = _constant(6.0, "deviations by which a text fits better than its neighbours", "chosen")
     neighbours: int = _constant(8, "places of a text at which its likeliest other token is tried", "cost")

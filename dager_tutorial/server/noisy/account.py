@@ -102,6 +102,13 @@ class Account:
         most = chance_quantile(constants().false_alarms / (len(tensors) + 1))
         return all(abs(square - entries) <= most * math.sqrt(2 * entries) for square, entries in (*tensors, whole))
 
+    def is_more(self) -> bool:
+        """Whether what is left is longer, as a whole, than the noise: a single tensor hides no text."""
+        if self.bits is not None:
+            return not self.is_noise()
+        most = chance_quantile(constants().miss_rate)
+        return self.square() - self.entries > most * math.sqrt(2 * self.entries)
+
     def hides(self, square: float) -> bool:
         """Whether a text could be missing, and what is left still seem noise.
 

@@ -88,7 +88,7 @@ class Climb:
             text: Where to begin.
             thoroughly: Whether single tokens are tried, too, where no replacement of the likeliest is better.
         """
-        moves = (self._replaced, self.neighbours, self._shorter) if thoroughly else (self._replaced,)
+        moves = (self._replaced, self.neighbours, self.shorter) if thoroughly else (self._replaced,)
         better: Text | None = text
         while better is not None and not self.budget.late:
             text = better
@@ -130,6 +130,6 @@ class Climb:
             for place in behind.argsort().tolist()[: constants().neighbours]
         ]
 
-    def _shorter(self, text: Text) -> list[Ids]:
+    def shorter(self, text: Text) -> list[Ids]:
         """The text without its last token."""
         return [text.tokens[:-1]] if len(text.tokens) > 1 else []

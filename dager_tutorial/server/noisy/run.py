@@ -109,15 +109,20 @@ class _Search:
         words = self.account.name_of(adapter.first_input.tokens)
         table, first = adapter.position_table or (None, 0)
         positions = None if table is None else self.account.name_of(table)
+        joint: Joint | None = None
         if words is None or positions is None:
             self._one_by_one(starts())
         else:
-            self.entries = Joint(self.account, words, (positions, first), self.tokens, self.budget).run()
+            joint = Joint(self.account, words, (positions, first), self.tokens, self.budget)
+            self.entries = joint.run()
             self.account.left_by(self.entries)
-        self._reviewed()
-        while len(self.entries) > 1 and not self.budget.late and not self.account.is_noise() and self._lightened():
-            pass
+        if self.account.is_more() or not self._told():  # where all is explained a climb finds what is there
+            self._reviewed()
+            while len(self.entries) > 1 and not self.budget.late and self.account.is_more() and self._lightened():
+                pass
         self._settle()
+        if joint is not None and all(self.certain) and not joint.told(self.entries):
+            self.certain = []
 
     def _one_by_one(self, starts: Iterable[Ids]) -> None:
         """Find texts until what is left is noise."""
@@ -133,6 +138,20 @@ class _Search:
             self._enter(found)
             self.budget.report("completion", len(self.entries))
 
+    def _told(self) -> bool:
+        """Whether every text is told from its neighbours as it is."""
+        self.certain = [self._stands(entry) for entry in self.entries]
+        return all(self.certain)
+
+    def _stands(self, entry: Entry) -> bool:
+        """Whether a text is told from its neighbours, all others taken off, and from itself with another label."""
+        before, self.account.rest = self.account.rest, {name: each.clone() for name, each in self.account.rest.items()}
+        self.account.take(entry._replace(weight=-entry.weight))
+        climb = self._climb()
+        text = climb.best([entry.tokens])
+        self.account.rest = before
+        return text.label == entry.label and self._apart(climb, text)
+
     def _reviewed(self) -> None:
         """Look at all texts until none changes."""
         while not self.budget.late and self._review():
@@ -140,7 +159,8 @@ class _Search:
 
     def _lightened(self) -> bool:
         """Leave out the lightest text, a near-copy of another may be, if the others explain as much without it."""
-        before, entries, square = {**self.account.rest}, list(self.entries), self.account.square()
+        before, entries, certain = {**self.account.rest}, list(self.entries), self.certain
+        square = self.account.square()
         lightest = min(entries, key=lambda entry: entry.weight)
         self.account.rest = {name: each.clone() for name, each in before.items()}
         self.account.take(lightest._replace(weight=-lightest.weight))
@@ -148,7 +168,7 @@ class _Search:
         self._reviewed()
         if self.account.square() < square:
             return True
-        self.account.rest, self.entries, self.certain = before, entries, []
+        self.account.rest, self.entries, self.certain = before, entries, certain
         return False
 
     def _climb(self) -> Climb:
@@ -207,14 +227,17 @@ class _Search:
             return False
         if self.account.hides(text.value**2):
             return False
-        rival = float(climb.matched.scores(climb.neighbours(text)).values.max())
+        rivals = [*climb.neighbours(text), *climb.shorter(text)]
+        rival = float(climb.matched.scores(rivals).values.max())
         behind = math.sqrt(max(text.value - rival, 0.0) * text.value / 2)
         return behind >= constants().apart
 
     def _settle(self) -> None:
         """Give every text the weight that it has in a batch of so many."""
-        self.entries = [entry._replace(weight=1 / len(self.entries)) for entry in self.entries]
-        self.account.left_by(self.entries)
+        settled = [entry._replace(weight=1 / len(self.entries)) for entry in self.entries]
+        if settled != self.entries:
+            self.entries = settled
+            self.account.left_by(settled)
 
     def outcome(self, before: Outcome) -> Outcome:
         """What was found, proven where nothing but noise is left; what was known before stays known.
@@ -240,8 +263,10 @@ class _Search:
 
     def _texts(self, known: Mapping[Ids, FoundText], certainty: Certainty) -> tuple[FoundText, ...]:
         """The texts of the account with their labels, and those that were known before."""
+        labels: dict[Ids, tuple[int, ...]] = {}
+        for entry in self.entries:
+            labels[entry.tokens] = (*labels.get(entry.tokens, ()), entry.label)
         found = {
-            entry.tokens: FoundText(entry.tokens, 1.0, Confirmation(certainty), (entry.label,), 1)
-            for entry in self.entries
+            tokens: FoundText(tokens, 1.0, Confirmation(certainty), each, len(each)) for tokens, each in labels.items()
         }
         return tuple({**found, **known}.values())
