@@ -209,9 +209,7 @@ class Constants:
     neighbours: int = _constant(8, "places of a text at which its likeliest other token is tried", "cost")
     starts: int = _constant(16, "beginnings of texts that are weighed again after each text that was found", "cost")
     # Unmixing and incidence (chapters `07_unmixing` and `08_encoder_recovery`)
-    ridge: float = _constant(
-        1e-3, "ridge of the regression of positions on tokens, share of a token's square", "numerics"
-    )
+    ridge: float = _constant(1e-3, "ridge of positions regressed on tokens, share of a square", "numerics")
     weakest: float = _constant(1e-3, "share of a head's mean variance below which directions count less", "numerics")
     once: float = _constant(0.8, "largest coefficient from which a token stands at one position only", "measured")
     coefficient_noise: float = _constant(2.0, "deviations from zero at which a token may stand elsewhere", "statistics")
