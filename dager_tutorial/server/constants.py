@@ -65,7 +65,9 @@ class Constants:
     filling_seed: int = _constant(1_414_213_562, "seed of that choice, which nobody else takes", "chosen")
     filled: float = _constant(1e-6, "share of the entries that a filled gradient may leave", "numerics: float32 sums")
     filling_error: float = _constant(1e-3, "share of held-out entries that it may miss them by", "chosen")
-    entries_a_number: float = _constant(1.2, "entries for each number of a low-rank matrix", "measured: 1.1 fails")
+    entries_a_number: float = _constant(
+        1.2, "least entries for each number of a low-rank matrix", "measured: 1.1 fails"
+    )
     entries_a_direction: float = _constant(2.0, "entries of a row for each of its coefficients", "measured: 1.3 fails")
     filling_pays: float = _constant(0.95, "share to which a round must lower the rest, or the rank grows", "cost")
     filling_gap: float = _constant(3.0, "ratio of neighbouring directions at which a rank may end", "measured")
@@ -150,7 +152,7 @@ class Constants:
     familiar_rows: int = _constant(4096, "rows that tell how well tokens fit behind any prefix, at most", "cost")
     anyway: float = _constant(0.5, "share of how a token fits behind any prefix that is no evidence", "measured")
     ranked: int = _constant(24, "extensions of each prefix that are carried through block 0's MLP", "cost")
-    glances: int = _constant(12, "times as many pass a glance at its input: two blocks judge all of them", "cost")
+    glances: int = _constant(12, "times as many pass a glance at its input where two blocks rank", "cost")
     ranked_wide: int = _constant(96, "extensions of each prefix that are carried through block 1's attention", "cost")
     ranked_deep: int = _constant(12, "the same behind it", "cost")
     ranked_first: int = _constant(1024, "first tokens that are carried through them", "cost")
@@ -163,9 +165,7 @@ class Constants:
     weak_rows: int = _constant(2, "more rows that do not stand out than do before a beam is given up", "chosen")
     alike: int = _constant(4, "last tokens by which a prefix is known as a copy of a better one", "chosen")
     ending: float = _constant(0.4, "share of a text's usual evidence below which its last rows are none", "chosen")
-    end_misfit: float = _constant(
-        0.8, "logarithm of an end's residual over that of a true row", "measured: .64, else 1"
-    )
+    end_misfit: float = _constant(0.8, "most by which, as a logarithm, an end misfits", "measured: .64, else 1")
     end_margin: float = _constant(0.23, "by how much, as a logarithm, others fit worse", "measured: true above .27")
     ends_every: int = _constant(8, "positions after which ends are looked for", "cost")
     own_rows: float = _constant(2.0, "outstanding rows that a text needs which no better text has", "chosen")
