@@ -23,7 +23,7 @@ from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.passage import Cache
-from dager_tutorial.server.decoder.ranking import Ranking
+from dager_tutorial.server.decoder.ranking import Ranking, near_best
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.odds import chance_quantile
 from dager_tutorial.server.token_filter import Candidates
@@ -75,38 +75,60 @@ class BeamSearch:
 
     Attributes:
         candidates: Tokens that may stand at each position.
-        ranking: Weighs extensions.
         last: Tells where texts end: nothing is sought behind.
         budget: What it may cost.
+        ranking: Weighs extensions.
         rows: All rows that were ever kept, parents before children.
         usually: The evidence of a row in the usual text, at the position where it was most.
         ends: Rows at which texts end by the last block, and how badly they fit there.
+        texts: Last rows of the texts that nothing better explains.
     """
 
     candidates: Candidates
-    ranking: Ranking
     last: LastBlock
     budget: Budget
+    ranking: Ranking = field(init=False)
     rows: list[_Row] = field(default_factory=list)
     usually: float = 0.0
     ends: dict[int, float] = field(default_factory=dict)
+    texts: list[int] = field(default_factory=list)
 
     @torch.no_grad()
-    def run(self) -> tuple[Tree, bool]:
-        """Grow until no beam has stood out for a while.
+    def run(self, ranking: Ranking) -> bool:
+        """Grow until no beam has stood out for a while; texts told before stay, and their first tokens are left out.
+
+        Args:
+            ranking: Weighs extensions.
 
         Returns:
-            The texts that nothing better explains, as a tree, and whether the last block tells where each of them ends.
+            Whether the last block tells where each of the texts ends.
         """
-        front = _Front((), self.ranking.passage.empty())
-        for position in range(self.ranking.passage.adapter.max_positions):
+        self.ranking, self.usually = ranking, 0.0
+        begun = self._told()
+        front = _Front((), ranking.passage.empty())
+        for position in range(ranking.passage.adapter.max_positions):
             tokens = self.candidates.at(position)
+            if position == len(self.candidates.prompt):
+                tokens = tokens[~torch.isin(tokens, tokens.new_tensor(begun))]
             if not len(tokens) or self.budget.late or (position and not front.nodes):
                 break
             front = self._grown(front, position, tokens)
             self.budget.report("search", len(self.rows))
-        ends = self._unexplained()
-        return self._grafted(ends)[0], all(end in self.ends for end in ends)
+        self.texts = self._unexplained()
+        return all(end in self.ends for end in self.texts)
+
+    @property
+    def tree(self) -> Tree:
+        """The texts that nothing better explains."""
+        return self._grafted(self.texts)[0]
+
+    def _told(self) -> list[int]:
+        """First tokens of none but texts whose ends the last block tells; rows of all others are forgotten."""
+        open_roots = {self.rows[end].root for end in self.texts if end not in self.ends}
+        self.ends = {end: self.ends[end] for end in self.texts if end in self.ends}
+        kept = {step for end in self.ends for step in self._path(end)}
+        self.rows = [row if index in kept else replace(row, strong=False) for index, row in enumerate(self.rows)]
+        return sorted({self.rows[end].root for end in self.ends} - open_roots)
 
     def _grown(self, front: _Front, position: int, tokens: Int[Tensor, " candidates"]) -> _Front:
         """The front one token longer."""
@@ -163,7 +185,7 @@ class BeamSearch:
         begins = made[0].parent is None
         needed = self._needed(len(made), 1.0 if begins else constants().false_alarms)
         rivals: Bool[Tensor, " rows"] = evidence >= needed
-        beside = torch.ones_like(rivals) if begins else _near_best(places, evidence)
+        beside = torch.ones_like(rivals) if begins else near_best(places, evidence)
         rivals &= beside
         kept = {index for index in rivals.nonzero()[:, 0].tolist() if not made[index].doubtful}
         order = sorted(beside.nonzero()[:, 0].tolist(), key=lambda index: -made[index].total)
@@ -273,18 +295,6 @@ class BeamSearch:
         for index in sorted(wanted):
             row = self.rows[index]
             parent = None if row.parent is None else nodes[row.parent]
-            nodes[index] = tree.grow(
-                parent,
-                row.token,
-                start=0,
-                ratio=needed / max(row.evidence, 1e-3),
-                rotary=self.ranking.rotary,
-            )
+            ratio = needed / max(row.evidence, 1e-3)
+            nodes[index] = tree.grow(parent, row.token, start=0, ratio=ratio, rotary=self.ranking.rotary)
         return tree, nodes
-
-
-def _near_best(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
-    """Which rows have about as much evidence as the best one of the same prefix."""
-    best = evidence.new_full((int(places.max()) + 1,), -torch.inf)
-    best = best.scatter_reduce(0, places, evidence, "amax")[places]
-    return evidence >= torch.minimum(best, constants().beside_best * best)

@@ -16,7 +16,6 @@ from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.neighbours import Neighbours
 from dager_tutorial.server.decoder.passage import Passage
 from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
-from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import Outcome
 from dager_tutorial.server.token_filter import Candidates
@@ -30,16 +29,18 @@ def by_rank(
 ) -> Outcome:
     """The outcome of a search where no gap stands below the signal.
 
-    One block tells enough where little drifted, and costs little. That it did shows in the last block, at the ends.
+    One block tells enough where little drifted, and costs little. That it did shows in the last block, at the ends:
+    texts whose ends it tells stay, and a further block ranks the rest.
     """
     clear = {tap: span for tap, span in last.items() if span.clear}
     block = _last_block(evidence, adapter, budget)
     neighbours = neighbours_of(evidence, adapter, clear, candidates, budget)
     deepest = max(1, min(constants().ranked_blocks, adapter.num_blocks - 1))  # of the last block its input counts
+    search = BeamSearch(candidates, block, budget)
     for blocks in sorted({1, deepest}):
-        tree, told = _tree(evidence, adapter, candidates, budget, blocks, block)
-        if told or budget.late:
+        if _searched(search, evidence, blocks) or budget.late:
             break
+    tree = search.tree
     with evidence.watch.stage("search"):
         texts = whole_texts(adapter, tree, clear, neighbours=neighbours)
     likely = likeliest(Found(tree, texts, {}, clear))
@@ -55,20 +56,19 @@ def _last_block(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> 
     return LastBlock(adapter, {tap: span for tap, span in spans.items() if span.rank and not span.saturated})
 
 
-def _tree(
-    evidence: Evidence, adapter: DecoderAdapter, candidates: Candidates, budget: Budget, blocks: int, last: LastBlock
-) -> tuple[Tree, bool]:
-    """The texts that the taps of so many blocks rank first, as a tree, and whether the last block tells all ends."""
+def _searched(search: BeamSearch, evidence: Evidence, blocks: int) -> bool:
+    """Search by the taps of so many blocks; whether the last block tells where each text ends."""
+    adapter = evidence.adapter
     present = evidence.present(*ranked_taps(adapter, blocks))
     ranked = {tap: span for tap, span in present.items() if span.rank}
     if not ranked:
-        return Tree(), False
+        return False
     # Leverages of a full span say little beside residuals, and ask for all of its directions.
     spans = {tap: span for tap, span in ranked.items() if not span.saturated} or ranked
     readers = {tap: Misfit(span) for tap, span in spans.items()}
     with evidence.watch.stage("search"):
-        passage = Passage(adapter, readers, budget, blocks=blocks)
-        return BeamSearch(candidates, Ranking(passage, candidates.distinct(), budget.generator()), last, budget).run()
+        passage = Passage(adapter, readers, search.budget, blocks=blocks)
+        return search.run(Ranking(passage, search.candidates.distinct(), search.budget.generator()))
 
 
 def ranked_prefixes(
@@ -86,8 +86,9 @@ def ranked_prefixes(
         Token ids of the longest prefix of each, which may go beyond its end.
     """
     last = _last_block(evidence, adapter, budget)
-    tree, _ = _tree(evidence, adapter, candidates, budget, blocks=1, last=last)
-    return [tree.nodes[leaf].tokens for leaf in tree.leaves()]
+    search = BeamSearch(candidates, last, budget)
+    _searched(search, evidence, blocks=1)
+    return [search.tree.nodes[leaf].tokens for leaf in search.tree.leaves()]
 
 
 def neighbours_of(
