@@ -23,7 +23,7 @@ from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.passage import Cache
-from dager_tutorial.server.decoder.ranking import Ranking, near_best
+from dager_tutorial.server.decoder.ranking import Ranking
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.odds import chance_quantile
 from dager_tutorial.server.token_filter import Candidates
@@ -95,7 +95,7 @@ class BeamSearch:
 
     @torch.no_grad()
     def run(self, ranking: Ranking) -> bool:
-        """Grow until no beam has stood out for a while; texts told before stay, and their first tokens are left out.
+        """Grow until no beam has stood out for a while; of earlier runs the texts stay whose ends the last block tells.
 
         Args:
             ranking: Weighs extensions.
@@ -104,12 +104,10 @@ class BeamSearch:
             Whether the last block tells where each of the texts ends.
         """
         self.ranking, self.usually = ranking, 0.0
-        begun = self._told()
+        self._forget()
         front = _Front((), ranking.passage.empty())
         for position in range(ranking.passage.adapter.max_positions):
             tokens = self.candidates.at(position)
-            if position == len(self.candidates.prompt):
-                tokens = tokens[~torch.isin(tokens, tokens.new_tensor(begun))]
             if not len(tokens) or self.budget.late or (position and not front.nodes):
                 break
             front = self._grown(front, position, tokens)
@@ -122,13 +120,11 @@ class BeamSearch:
         """The texts that nothing better explains."""
         return self._grafted(self.texts)[0]
 
-    def _told(self) -> list[int]:
-        """First tokens of none but texts whose ends the last block tells; rows of all others are forgotten."""
-        open_roots = {self.rows[end].root for end in self.texts if end not in self.ends}
+    def _forget(self) -> None:
+        """Leave nothing but the texts whose ends the last block tells."""
         self.ends = {end: self.ends[end] for end in self.texts if end in self.ends}
         kept = {step for end in self.ends for step in self._path(end)}
         self.rows = [row if index in kept else replace(row, strong=False) for index, row in enumerate(self.rows)]
-        return sorted({self.rows[end].root for end in self.ends} - open_roots)
 
     def _grown(self, front: _Front, position: int, tokens: Int[Tensor, " candidates"]) -> _Front:
         """The front one token longer."""
@@ -148,8 +144,7 @@ class BeamSearch:
         kept = [index for index in kept if made[index].weak <= constants().weak_rows]
         nodes = range(len(self.rows), len(self.rows) + len(kept))
         self.rows += [made[index] for index in kept]
-        looks = (position + 1) % constants().ends_every == 0
-        ended = self._over(list(nodes)) if looks else set()
+        ended = self._over(list(nodes)) if (position + 1) % constants().ends_every == 0 else set()
         going = [(node, index) for node, index in zip(nodes, kept, strict=True) if node not in ended]
         chosen = torch.tensor([index for _, index in going], dtype=torch.long, device=tokens.device)
         return _Front(tuple(node for node, _ in going), self.ranking.passage.grown(front.cache, extended.take(chosen)))
@@ -184,9 +179,8 @@ class BeamSearch:
         """Rows of prefixes that stood out throughout and rival their siblings, and the best of each first token."""
         begins = made[0].parent is None
         needed = self._needed(len(made), 1.0 if begins else constants().false_alarms)
-        rivals: Bool[Tensor, " rows"] = evidence >= needed
-        beside = torch.ones_like(rivals) if begins else near_best(places, evidence)
-        rivals &= beside
+        beside = torch.ones_like(evidence, dtype=torch.bool) if begins else _near_best(places, evidence)
+        rivals = (evidence >= needed) & beside
         kept = {index for index in rivals.nonzero()[:, 0].tolist() if not made[index].doubtful}
         order = sorted(beside.nonzero()[:, 0].tolist(), key=lambda index: -made[index].total)
         best: dict[int, float] = {}
@@ -242,13 +236,12 @@ class BeamSearch:
 
     def _path(self, index: int) -> list[int]:
         """A row and those before it, the first first."""
-        path, step = [], index
-        while True:
+        path: list[int] = []
+        step: int | None = index
+        while step is not None:
             path.append(step)
-            before = self.rows[step].parent
-            if before is None:
-                return path[::-1]
-            step = before
+            step = self.rows[step].parent
+        return path[::-1]
 
     def _unexplained(self) -> list[int]:
         """Last rows of the texts that have rows of their own, the best text first, by the last block where it tells."""
@@ -298,3 +291,10 @@ class BeamSearch:
             ratio = needed / max(row.evidence, 1e-3)
             nodes[index] = tree.grow(parent, row.token, start=0, ratio=ratio, rotary=self.ranking.rotary)
         return tree, nodes
+
+
+def _near_best(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
+    """Which rows have about as much evidence as the best one of the same prefix."""
+    best = evidence.new_full((int(places.max()) + 1,), -torch.inf)
+    best = best.scatter_reduce(0, places, evidence, "amax")[places]
+    return evidence >= torch.minimum(best, constants().beside_best * best)

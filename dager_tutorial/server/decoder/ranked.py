@@ -29,8 +29,8 @@ def by_rank(
 ) -> Outcome:
     """The outcome of a search where no gap stands below the signal.
 
-    One block tells enough where little drifted, and costs little. That it did shows in the last block, at the ends:
-    texts whose ends it tells stay, and a further block ranks the rest.
+    One block tells enough where little drifted, and costs little. That it did shows in the last block, at the ends.
+    Else a further block ranks, too: a text whose end was told stays, unless there is a better one much like it.
     """
     clear = {tap: span for tap, span in last.items() if span.clear}
     block = _last_block(evidence, adapter, budget)
@@ -58,7 +58,7 @@ def _last_block(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> 
 
 def _searched(search: BeamSearch, evidence: Evidence, blocks: int) -> bool:
     """Search by the taps of so many blocks; whether the last block tells where each text ends."""
-    adapter = evidence.adapter
+    adapter = search.last.adapter
     present = evidence.present(*ranked_taps(adapter, blocks))
     ranked = {tap: span for tap, span in present.items() if span.rank}
     if not ranked:
