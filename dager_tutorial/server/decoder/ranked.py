@@ -88,7 +88,8 @@ def ranked_prefixes(
     last = _last_block(evidence, adapter, budget)
     search = BeamSearch(candidates, last, budget)
     _searched(search, evidence, blocks=1)
-    return [search.tree.nodes[leaf].tokens for leaf in search.tree.leaves()]
+    tree = search.tree
+    return [tree.nodes[leaf].tokens for leaf in tree.leaves()]
 
 
 def neighbours_of(
