@@ -24,6 +24,9 @@ else
 SIZE := about 280 MB, 470 MB with all tools
 endif
 
+# How many processes `make test` runs in; a module or notebook stays in one. Each takes up to 2 GB of memory.
+JOBS ?= 2
+
 # What `make bench` measures; for example `make bench MODEL=smollm2-135m BATCH=16`.
 MODEL ?= random:gpt2
 BATCH ?= 4
@@ -66,8 +69,8 @@ $(LAB): $(RUNTIME)
 demo: $(RUNTIME) ## Watch a real language model's gradient give up eight private notes.
 	@$(BIN)/dager demo
 
-test: setup ## Run the tests, the examples in the docstrings and every notebook of the book.
-	$(BIN)/python -m pytest
+test: setup ## Run the tests, the examples in the docstrings and every notebook of the book (JOBS: in how many processes).
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope
 
 book: setup ## Build the book into _build/html; a warning is an error.
 	$(BIN)/python book/_tools/vendor.py
