@@ -9,13 +9,17 @@ from helpers import every
 from dager_tutorial import attack, client_update, score
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.federated import LocalTraining, local_update, play_locally, summed
+from dager_tutorial.client.step import play
 from dager_tutorial.errors import DagerError
+from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP_OUTPUT, QKV, QUERY
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.candidates import candidates_of
+from dager_tutorial.server.constants import varied
 from dager_tutorial.server.decoder.beams import BeamSearch
 from dager_tutorial.server.decoder.last_block import LastBlock
+from dager_tutorial.server.decoder.left_over import left_over
 from dager_tutorial.server.decoder.passage import Passage
 from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
 from dager_tutorial.server.embedding_rows import named_positions, named_tokens
@@ -90,6 +94,38 @@ def test_what_one_search_tells_is_kept_by_the_next_one(tiny_llama: LanguageModel
     search.run(ranking)
     assert search.texts == told
     assert {search.tree.nodes[leaf].tokens for leaf in search.tree.leaves()} <= set(truth.sequences)
+
+
+def left_of(model: LanguageModel, update: Update, texts: list[tuple[int, ...]]) -> set[int]:
+    """The tokens of an update that texts leave over."""
+    evidence = evidence_of(model, update)
+    candidates = candidates_of(evidence, evidence.span(evidence.adapter.tap(0, QKV)), Budget())
+    assert isinstance(evidence.adapter, DecoderAdapter)
+    return set(left_over(evidence, evidence.adapter, texts, candidates).distinct().tolist())
+
+
+@every("tiny_gpt2", "tiny_llama")
+def test_texts_that_are_known_leave_over_the_tokens_of_the_others(model: LanguageModel) -> None:
+    update, truth = play_locally(model, TEXTS, config=FOUR, training=LocalTraining(4, 2, 1e-2))
+    texts, named = list(truth.sequences), left_of(model, update, [])
+    for missing in texts:
+        known = [text for text in texts if text != missing]
+        held = {token for token in named if any(token in text for text in known)}
+        common = {token for token in held if sum(token in text for text in known) > 1}
+        with varied(most_left_over=2.0):
+            left = left_of(model, update, known)
+        assert named & set(missing) - held | common <= left <= named & set(missing) | common
+    assert left_of(model, update, texts[:1]) == named  # most of the tokens are left: too many to be sure of any
+    assert left_of(model, update, [text[::-1] for text in texts]) == named
+    frozen = local_update(model, TEXTS, config=FOUR, training=LocalTraining(4, 2, 1e-2, frozen_embeddings=True))
+    assert left_of(model, frozen, texts) >= named
+
+
+@every("tiny_gpt2", "tiny_llama", "tiny_llama_bos")
+def test_all_texts_of_a_gradient_leave_nothing_of_the_rows(model: LanguageModel) -> None:
+    update, truth = play(model, TEXTS, config=ClientConfig(dtype="float64"))
+    with varied(end_ridge=0.0, left_over=1e-3, common=9):
+        assert left_of(model, update, list(truth.sequences)) == set()
 
 
 @every("tiny_gpt2", "tiny_llama")

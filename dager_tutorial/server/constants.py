@@ -30,12 +30,8 @@ class Constants:
     clear_gap: float = _constant(
         30.0, "ratio of neighbouring singular values that noise does not make", "measured: gaps of signals 1e3 to 1e6"
     )
-    nearly_full: float = _constant(
-        0.9, "without a clear gap, share of the width above which a rank counts as full", "measured"
-    )
-    uneven_rounding: float = _constant(
-        100.0, "noise over the floor of storage above which it is measured for each output", "measured"
-    )
+    nearly_full: float = _constant(0.9, "share of the width above which a rank without a gap is full", "measured")
+    uneven_rounding: float = _constant(100.0, "noise over storage's above which outputs are uneven", "measured")
     largest_rounding: float = _constant(
         1000.0, "largest rounding errors of a gradient's sums over those of storing it", "measured: random BERT-base"
     )
@@ -86,9 +82,7 @@ class Constants:
     )
     absolute_rounds: int = _constant(40, "rounds of reweighting for least absolute deviations", "numerics")
     found_before: float = _constant(3.0, "cost of coordinates at which masks of the same sum were found", "chosen")
-    dropped_outside: float = _constant(
-        1e-8, "squared share outside the span that rounding leaves of a masked attention output", "measured"
-    )
+    dropped_outside: float = _constant(1e-8, "squared share that rounding leaves of masked attention", "measured")
     telling_weight: float = _constant(3e-3, "attention weight below which a mask does not show", "numerics")
     same_weight: float = _constant(0.02, "how far from one a weight that was kept may be", "numerics")
     kept_weights: float = _constant(
@@ -168,6 +162,10 @@ class Constants:
     end_misfit: float = _constant(0.8, "most by which, as a logarithm, an end misfits", "measured: .64, else 1")
     end_margin: float = _constant(0.23, "by how much, as a logarithm, others fit worse", "measured: true above .27")
     ends_every: int = _constant(8, "positions after which ends are looked for", "cost")
+    end_ridge: float = _constant(0.03, "ridge of the slopes at known ends, share of a square", "measured")
+    left_over: float = _constant(0.3, "share that known texts leave of the row of a token of others", "measured")
+    common: int = _constant(2, "known texts that hold a token which others may hold, too", "measured")
+    most_left_over: float = _constant(0.35, "share of the tokens above which such rows tell nothing", "measured")
     own_rows: float = _constant(2.0, "outstanding rows that a text needs which no better text has", "chosen")
     # Decoder search where an adapter is narrower than its text is long
     whitening_texts: int = _constant(128, "random texts that tell which directions rows share anyway", "statistics")

@@ -6,6 +6,8 @@ a loss over the vocabulary gives every token a row, and nothing is read off it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -51,10 +53,20 @@ def named_positions(evidence: Evidence) -> int | None:
     return int(named[-1]) + 1 - table[1]
 
 
+def rows_of(evidence: Evidence, table: Tensor) -> Float[Tensor, "rows width"] | None:
+    """The gradient of an embedding; None where it was not shared.
+
+    Args:
+        evidence: The update's gradients.
+        table: The embedding, a parameter of the evidence's network.
+    """
+    names = (name for name, each in evidence.adapter.network.named_parameters() if each is table)
+    return evidence.gradients.get(next(names, ""))
+
+
 def _named(evidence: Evidence, table: Tensor) -> Tensor | None:
     """The rows of an embedding's gradient that are not zero; None where none is, or some may have become zero."""
-    names = (name for name, each in evidence.adapter.network.named_parameters() if each is table)
-    gradient = evidence.gradients.get(next(names, ""))
+    gradient = rows_of(evidence, table)
     if gradient is None:
         return None
     sizes = gradient.float().norm(dim=1)
@@ -79,7 +91,7 @@ def among(candidates: Candidates, tokens: Int[Tensor, " tokens"]) -> Candidates:
     kept = tuple(each[torch.isin(each, tokens.to(each.device))] for each in candidates.tokens)
     while len(kept) > 1 and not len(kept[-1]):
         kept = kept[:-1]
-    return Candidates(kept, candidates.every_position)
+    return replace(candidates, tokens=kept)
 
 
 def anywhere(tokens: Int[Tensor, " tokens"], positions: int | None) -> Candidates:

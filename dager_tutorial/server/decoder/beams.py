@@ -16,14 +16,14 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.passage import Cache
-from dager_tutorial.server.decoder.ranking import Ranking
+from dager_tutorial.server.decoder.ranking import Ranking, near_best
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.odds import chance_quantile
 from dager_tutorial.server.token_filter import Candidates
@@ -120,6 +120,11 @@ class BeamSearch:
         """The texts that nothing better explains."""
         return self._grafted(self.texts)[0]
 
+    @property
+    def told(self) -> list[tuple[int, ...]]:
+        """Those of them whose ends the last block tells."""
+        return [tuple(self._tokens(end)) for end in self.texts if end in self.ends]
+
     def _forget(self) -> None:
         """Leave nothing but the texts whose ends the last block tells."""
         self.ends = {end: self.ends[end] for end in self.texts if end in self.ends}
@@ -179,7 +184,7 @@ class BeamSearch:
         """Rows of prefixes that stood out throughout and rival their siblings, and the best of each first token."""
         begins = made[0].parent is None
         needed = self._needed(len(made), 1.0 if begins else constants().false_alarms)
-        beside = torch.ones_like(evidence, dtype=torch.bool) if begins else _near_best(places, evidence)
+        beside = torch.ones_like(evidence, dtype=torch.bool) if begins else near_best(places, evidence)
         rivals = (evidence >= needed) & beside
         kept = {index for index in rivals.nonzero()[:, 0].tolist() if not made[index].doubtful}
         order = sorted(beside.nonzero()[:, 0].tolist(), key=lambda index: -made[index].total)
@@ -291,10 +296,3 @@ class BeamSearch:
             ratio = needed / max(row.evidence, 1e-3)
             nodes[index] = tree.grow(parent, row.token, start=0, ratio=ratio, rotary=self.ranking.rotary)
         return tree, nodes
-
-
-def _near_best(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
-    """Which rows have about as much evidence as the best one of the same prefix."""
-    best = evidence.new_full((int(places.max()) + 1,), -torch.inf)
-    best = best.scatter_reduce(0, places, evidence, "amax")[places]
-    return evidence >= torch.minimum(best, constants().beside_best * best)

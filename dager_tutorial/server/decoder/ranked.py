@@ -13,6 +13,7 @@ from dager_tutorial.server.decoder.beams import BeamSearch
 from dager_tutorial.server.decoder.ends import whole_texts
 from dager_tutorial.server.decoder.found import Found, Spans, likeliest
 from dager_tutorial.server.decoder.last_block import LastBlock
+from dager_tutorial.server.decoder.left_over import left_over
 from dager_tutorial.server.decoder.neighbours import Neighbours
 from dager_tutorial.server.decoder.passage import Passage
 from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
@@ -30,16 +31,18 @@ def by_rank(
     """The outcome of a search where no gap stands below the signal.
 
     One block tells enough where little drifted, and costs little. That it did shows in the last block, at the ends.
-    Else a further block ranks, too: a text whose end was told stays, unless there is a better one much like it.
+    Else a further block ranks, too, the tokens that the texts whose ends were told leave over. Such a text stays,
+    unless there is a better one much like it.
     """
     clear = {tap: span for tap, span in last.items() if span.clear}
     block = _last_block(evidence, adapter, budget)
     neighbours = neighbours_of(evidence, adapter, clear, candidates, budget)
     deepest = max(1, min(constants().ranked_blocks, adapter.num_blocks - 1))  # of the last block its input counts
     search = BeamSearch(candidates, block, budget)
-    for blocks in sorted({1, deepest}):
-        if _searched(search, evidence, blocks) or budget.late:
-            break
+    if not _searched(search, evidence, blocks=1) and deepest > 1 and not budget.late:
+        with evidence.watch.stage("search"):
+            search.candidates = left_over(evidence, adapter, search.told, candidates)
+        _searched(search, evidence, deepest)
     tree = search.tree
     with evidence.watch.stage("search"):
         texts = whole_texts(adapter, tree, clear, neighbours=neighbours)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dager_tutorial.models.adapter import DecoderAdapter
@@ -266,3 +266,15 @@ def _best_of_each(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"]
     counts = torch.unique_consecutive(places[order], return_counts=True)[1]
     begins = (counts.cumsum(0) - counts).repeat_interleave(counts)
     return order[torch.arange(len(order), device=order.device) - begins < most]
+
+
+def near_best(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
+    """Which rows have about as much evidence as the best one of the same prefix.
+
+    Args:
+        places: int64, the prefix of each row.
+        evidence: Of each row.
+    """
+    best = evidence.new_full((int(places.max()) + 1,), -torch.inf)
+    best = best.scatter_reduce(0, places, evidence, "amax")[places]
+    return evidence >= torch.minimum(best, constants().beside_best * best)
