@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.streaming import is_streamed
 from dager_tutorial.models.tap import MLP_OUTPUT, precise
 from dager_tutorial.models.training import filled_and_masked
 from dager_tutorial.server.absolute import absolute_residual
@@ -42,11 +43,11 @@ def left_over(evidence: Evidence, adapter: DecoderAdapter, texts: Sequence[Ids],
     Returns:
         Those whose rows the texts leave over, and those that several of the texts hold, since another one that holds
         such a token hardly shows in its row; all of them where the rows or the last block's MLP output map were not
-        shared, or where too much drifted for the rows to tell.
+        shared, where too much drifted for the rows to tell, or where the model is read from disk block by block.
     """
     rows = rows_of(evidence, adapter.first_input.tokens)
     ends = adapter.tap(adapter.num_blocks - 1, MLP_OUTPUT).gradient(evidence.gradients)
-    if rows is None or ends is None or not texts:
+    if rows is None or ends is None or not texts or is_streamed(adapter.network):  # no way back through blocks on disk
         return candidates
     tokens = candidates.distinct()
     held = Counter(token for text in texts for token in set(text))
