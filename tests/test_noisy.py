@@ -18,9 +18,10 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.attack import attack
 from dager_tutorial.server.budget import AttackConfig, Budget
 from dager_tutorial.server.completion.simulation import Simulator
+from dager_tutorial.server.embedding_rows import table_gradient
 from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.server.noisy.account import Account, Entry
-from dager_tutorial.server.noisy.deviation import deviation_of, outstanding, table_gradient
+from dager_tutorial.server.noisy.deviation import deviation_of, outstanding
 from dager_tutorial.server.noisy.joint import Joint
 from dager_tutorial.server.noisy.matched import Matched
 from dager_tutorial.server.noisy.run import through_noise

@@ -31,7 +31,9 @@ class Constants:
         30.0, "ratio of neighbouring singular values that noise does not make", "measured: gaps of signals 1e3 to 1e6"
     )
     nearly_full: float = _constant(0.9, "share of the width above which a rank without a gap is full", "measured")
-    uneven_rounding: float = _constant(100.0, "noise over storage's above which outputs are uneven", "measured")
+    uneven_rounding: float = _constant(
+        100.0, "noise over the floor of storage above which it is measured for each output", "measured"
+    )
     largest_rounding: float = _constant(
         1000.0, "largest rounding errors of a gradient's sums over those of storing it", "measured: random BERT-base"
     )

@@ -53,12 +53,12 @@ def named_positions(evidence: Evidence) -> int | None:
     return int(named[-1]) + 1 - table[1]
 
 
-def rows_of(evidence: Evidence, table: Tensor) -> Float[Tensor, "rows width"] | None:
-    """The gradient of an embedding; None where it was not shared.
+def table_gradient(evidence: Evidence, table: Tensor) -> Float[Tensor, "rows width"] | None:
+    """The gradient of an embedding's table, as it was shared; None where it was not.
 
     Args:
         evidence: The update's gradients.
-        table: The embedding, a parameter of the evidence's network.
+        table: The parameter.
     """
     names = (name for name, each in evidence.adapter.network.named_parameters() if each is table)
     return evidence.gradients.get(next(names, ""))
@@ -66,7 +66,7 @@ def rows_of(evidence: Evidence, table: Tensor) -> Float[Tensor, "rows width"] | 
 
 def _named(evidence: Evidence, table: Tensor) -> Tensor | None:
     """The rows of an embedding's gradient that are not zero; None where none is, or some may have become zero."""
-    gradient = rows_of(evidence, table)
+    gradient = table_gradient(evidence, table)
     if gradient is None:
         return None
     sizes = gradient.float().norm(dim=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from typing import TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -11,6 +12,9 @@ from transformers import PreTrainedModel
 from dager_tutorial.models.streaming import is_streamed, recomputed, tokens_at_once
 from dager_tutorial.models.training import requiring_grad
 from dager_tutorial.server.constants import constants
+
+Ids = tuple[int, ...]
+Result = TypeVar("Result")
 
 
 def parts_of(network: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -28,6 +32,22 @@ def parts_of(network: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Iterat
             part = []
         part.append(place)
     yield part
+
+
+def by_parts(
+    network: PreTrainedModel, texts: Sequence[Ids], run: Callable[[list[Ids]], Iterable[Result]]
+) -> list[Result]:
+    """What something makes of texts that go through a network at once, in the order of the texts.
+
+    Args:
+        network: The network.
+        texts: Token ids of all of them, at least one.
+        run: Gives one result a text.
+    """
+    found: dict[int, Result] = {}
+    for part in parts_of(network, texts):
+        found |= zip(part, run([texts[place] for place in part]), strict=True)
+    return [found[place] for place in range(len(texts))]
 
 
 def take_off(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dager_tutorial.models.tap import MLP_OUTPUT, precise
 from dager_tutorial.server.completion.simulation import Ids, Simulator
+from dager_tutorial.server.passes import by_parts
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def views_of(simulator: Simulator, texts: Sequence[Ids], module: nn.Linear) -> V
         texts: Token ids, at least one text.
         module: The map.
     """
-    found = simulator.by_parts(texts, lambda part: zip(*_views(simulator, part, module), strict=True))
+    found = by_parts(simulator.network, texts, lambda part: zip(*_views(simulator, part, module), strict=True))
     inputs, features, slopes = zip(*found, strict=True)
     return Views(torch.stack(inputs), torch.stack(features), torch.stack(slopes))
 

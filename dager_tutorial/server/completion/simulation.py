@@ -8,11 +8,10 @@ Chapter `09_completion`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -26,11 +25,8 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import Tap, precise
 from dager_tutorial.models.training import filled_and_masked, in_dtype
 from dager_tutorial.server.missing.entries import sent_as
-from dager_tutorial.server.passes import parts_of, take_off
+from dager_tutorial.server.passes import Ids, by_parts, take_off
 from dager_tutorial.update import Update
-
-Ids = tuple[int, ...]
-Result = TypeVar("Result")
 
 Objective = Callable[[list[int], Tensor, Tensor], Tensor]
 """A scalar, of the places of some texts, their logits (texts x classes, or texts x length x vocabulary), their mask."""
@@ -93,18 +89,6 @@ class Simulator:
         positions = self.adapter.position_ids(mask)
         return self.network(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits, mask
 
-    def by_parts(self, texts: Sequence[Ids], run: Callable[[list[Ids]], Iterable[Result]]) -> list[Result]:
-        """What something makes of texts that go through the network at once, in the order of the texts.
-
-        Args:
-            texts: All of them, at least one.
-            run: Gives one result a text.
-        """
-        found: dict[int, Result] = {}
-        for part in parts_of(self.network, texts):
-            found |= zip(part, run([texts[place] for place in part]), strict=True)
-        return [found[place] for place in range(len(texts))]
-
     @torch.no_grad()
     def chances(self, texts: Sequence[Ids]) -> Float[Tensor, "texts classes"]:
         """The probabilities (float64) that the model gives the classes of each text.
@@ -112,7 +96,7 @@ class Simulator:
         Args:
             texts: Token ids, at least one text.
         """
-        return torch.stack(self.by_parts(texts, lambda part: precise(self.logits(part)[0]).softmax(-1).cpu()))
+        return torch.stack(by_parts(self.network, texts, lambda part: precise(self.logits(part)[0]).softmax(-1).cpu()))
 
     def factors(self, texts: Sequence[Ids], tap: Tap) -> Factors:
         """What texts add to the gradient of a map of the last block, under a loss that reads one token of each.
@@ -121,7 +105,7 @@ class Simulator:
             texts: Token ids, at least one text.
             tap: The map: the last block's MLP output, or its attention output.
         """
-        found = self.by_parts(texts, lambda part: self._factors(part, tap))
+        found = by_parts(self.network, texts, lambda part: self._factors(part, tap))
         inputs, slopes, chances = zip(*found, strict=True)
         return Factors(torch.stack(inputs), torch.stack(slopes), torch.stack(chances))
 

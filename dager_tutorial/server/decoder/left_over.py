@@ -23,12 +23,10 @@ from dager_tutorial.models.tap import MLP_OUTPUT, precise
 from dager_tutorial.models.training import filled_and_masked
 from dager_tutorial.server.absolute import absolute_residual
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.embedding_rows import among, rows_of
+from dager_tutorial.server.embedding_rows import among, table_gradient
 from dager_tutorial.server.evidence import Evidence
-from dager_tutorial.server.passes import parts_of
+from dager_tutorial.server.passes import Ids, by_parts
 from dager_tutorial.server.token_filter import Candidates
-
-Ids = tuple[int, ...]
 
 
 def left_over(evidence: Evidence, adapter: DecoderAdapter, texts: Sequence[Ids], candidates: Candidates) -> Candidates:
@@ -45,7 +43,7 @@ def left_over(evidence: Evidence, adapter: DecoderAdapter, texts: Sequence[Ids],
         such a token hardly shows in its row; all of them where the rows or the last block's MLP output map were not
         shared, where too much drifted for the rows to tell, or where the model is read from disk block by block.
     """
-    rows = rows_of(evidence, adapter.first_input.tokens)
+    rows = table_gradient(evidence, adapter.first_input.tokens)
     ends = adapter.tap(adapter.num_blocks - 1, MLP_OUTPUT).gradient(evidence.gradients)
     if rows is None or ends is None or not texts or is_streamed(adapter.network):  # no way back through blocks on disk
         return candidates
@@ -74,66 +72,62 @@ def _known(
     tokens: Int[Tensor, " tokens"],
 ) -> Float[Tensor, "texts tokens width"]:
     """What each text adds to the rows of some tokens (float64), up to a factor."""
-    known = precise(adapter.first_input.tokens.new_zeros(len(texts), len(tokens), adapter.hidden_size))
-    for text, into, slopes in zip(texts, known, _slopes(adapter, texts, ends), strict=True):
-        ids = torch.tensor(text, device=tokens.device)
-        places = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
-        among_them = tokens[places] == ids
-        into.index_add_(0, places[among_them], slopes[among_them])
-    return known
+    stands = (tokens[:, None] == torch.tensor(text, device=tokens.device) for text in texts)
+    slopes = _slopes(adapter, texts, ends)
+    return torch.stack([here.to(own) @ own for here, own in zip(stands, slopes, strict=True)])
 
 
 def _slopes(
     adapter: DecoderAdapter, texts: Sequence[Ids], ends: Float[Tensor, "outputs inputs"]
 ) -> list[Float[Tensor, "tokens width"]]:
     """The gradients (float64) of texts' losses in their embeddings, from the slopes behind the last block."""
-    behind = _slopes_behind(adapter, texts, ends)
-    found: dict[int, Tensor] = {}
-    for part in parts_of(adapter.network, texts):
-        embedded, states = _ran(adapter, [texts[place] for place in part])
-        last = torch.tensor([len(texts[place]) - 1 for place in part], device=states.device)
-        read = states[torch.arange(len(part), device=states.device), last]
-        (slopes,) = torch.autograd.grad((read * behind[part].to(read)).sum(), embedded)
-        found |= {place: precise(each[: len(texts[place])]) for place, each in zip(part, slopes, strict=True)}
-    return [found[place] for place in range(len(texts))]
+    behind = dict(zip(texts, _slopes_behind(adapter, texts, ends), strict=True))
+
+    @torch.enable_grad()
+    def slopes(part: list[Ids]) -> list[Tensor]:
+        """Back from the ends of some texts."""
+        embedded, states = _ran(adapter, part)
+        read = [each[len(text) - 1] @ behind[text].to(each) for text, each in zip(part, states, strict=True)]
+        (found,) = torch.autograd.grad(torch.stack(read).sum(), embedded)
+        return [precise(each[: len(text)]) for text, each in zip(part, found, strict=True)]
+
+    return by_parts(adapter.network, texts, slopes)
 
 
 def _slopes_behind(
     adapter: DecoderAdapter, texts: Sequence[Ids], ends: Float[Tensor, "outputs inputs"]
 ) -> Float[Tensor, "texts outputs"]:
-    """The slopes at texts' ends behind the last block, of which the gradient of its MLP's output map is made up."""
+    """The slopes at texts' ends behind the last block, of which the gradient of its MLP's output map is made up.
+
+    A pass of its own: each slope depends on what enters the map in all texts, and their graphs are too much to keep.
+    """
     tap = adapter.tap(adapter.num_blocks - 1, MLP_OUTPUT)
-    read: dict[int, Tensor] = {}
-    for part in parts_of(adapter.network, texts):
-        ids, mask = filled_and_masked([texts[place] for place in part], 0, device=ends.device)
-        inputs = adapter.tap_inputs(ids, mask, [tap])[tap]
-        read |= {place: precise(one[len(texts[place]) - 1]) for place, one in zip(part, inputs, strict=True)}
-    inputs = torch.stack([read[place] for place in range(len(texts))])
+
+    def entering(part: list[Ids]) -> list[Tensor]:
+        """What enters the map at the ends of some texts."""
+        found = adapter.tap_inputs(*filled_and_masked(part, 0, device=ends.device), [tap])[tap]
+        return [precise(each[len(text) - 1]) for text, each in zip(part, found, strict=True)]
+
+    inputs = torch.stack(by_parts(adapter.network, texts, entering))
     sizes = inputs.norm(dim=1, keepdim=True)
-    alike = (inputs / sizes) @ (inputs / sizes).T
+    units = inputs / sizes
+    alike = units @ units.T
     alike.diagonal().add_(constants().end_ridge)
-    return torch.linalg.solve(alike, (inputs / sizes) @ ends.T) / sizes
+    return torch.linalg.solve(alike, units @ ends.T) / sizes
 
 
 def _ran(adapter: DecoderAdapter, texts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
     """The embeddings of texts, and the states behind the last block with the graph that leads to them from there."""
     seen: list[Tensor] = []
-
-    def begin(_module: object, _inputs: object, output: Tensor) -> Tensor:
-        seen.append(output.detach().requires_grad_(True))
-        return seen[0]
-
-    def end(_module: object, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        seen.append(output if isinstance(output, Tensor) else output[0])
-
     words, last = adapter.network.get_input_embeddings(), adapter.blocks[adapter.num_blocks - 1]
-    handles = [words.register_forward_hook(begin), last.register_forward_hook(end)]
     ids, mask = filled_and_masked(texts, 0, device=words.weight.device)
+    embedded = words(ids).detach().requires_grad_(True)
+    handle = last.register_forward_hook(
+        lambda _, inputs, output: seen.append(output if isinstance(output, Tensor) else output[0])
+    )
     try:
-        with torch.enable_grad():
-            positions = adapter.position_ids(mask)
-            adapter.network(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        places = adapter.position_ids(mask)
+        adapter.network(inputs_embeds=embedded, attention_mask=mask, position_ids=places, use_cache=False)
     finally:
-        for handle in handles:
-            handle.remove()
-    return seen[0], seen[1]
+        handle.remove()
+    return embedded, seen[0]

@@ -15,19 +15,8 @@ from torch import Tensor
 
 from dager_tutorial.models.tap import precise
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.embedding_rows import table_gradient
 from dager_tutorial.server.evidence import Evidence
-
-
-def table_gradient(evidence: Evidence, table: Tensor) -> Float[Tensor, "rows width"] | None:
-    """The gradient of an embedding's table, in float32; None where it was not shared.
-
-    Args:
-        evidence: The update's gradients.
-        table: The parameter.
-    """
-    names = (name for name, each in evidence.adapter.network.named_parameters() if each is table)
-    gradient = evidence.gradients.get(next(names, ""))
-    return None if gradient is None else gradient.float()
 
 
 def deviation_of(evidence: Evidence) -> float | None:
@@ -43,7 +32,7 @@ def deviation_of(evidence: Evidence) -> float | None:
     gradient = table_gradient(evidence, evidence.adapter.first_input.tokens)
     if gradient is None:
         return None
-    squares, width = precise(gradient.square().sum(1)), gradient.shape[1]
+    squares, width = precise(gradient.float().square().sum(1)), gradient.shape[1]
     middle = squares.median().item()
     if not middle > 0:
         return None
@@ -73,7 +62,7 @@ def outstanding(gradient: Float[Tensor, "rows width"], deviation: float) -> Int[
         >>> outstanding(rows, 1.0)
         tensor([ 3, 70])
     """
-    squares = precise(gradient.square().sum(1))
+    squares = precise(gradient.float().square().sum(1))
     return (squares > deviation**2 * _most(*gradient.shape)).nonzero()[:, 0]
 
 

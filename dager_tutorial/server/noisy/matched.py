@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dager_tutorial.models.tap import precise
 from dager_tutorial.server.completion.simulation import Ids, Simulator
-from dager_tutorial.server.passes import parts_of
+from dager_tutorial.server.passes import by_parts, parts_of
 
 
 class Scores(NamedTuple):
@@ -87,7 +87,7 @@ class Matched:
         Args:
             texts: Token ids, at least one text.
         """
-        found = torch.stack(self.simulator.by_parts(texts, self._scores_of))  # texts x classes x 2
+        found = torch.stack(by_parts(self.simulator.network, texts, self._scores_of))  # texts x classes x 2
         best = found[:, :, 0].max(1)
         return Scores(best.values, best.indices, found[torch.arange(len(texts)), best.indices, 1])
 

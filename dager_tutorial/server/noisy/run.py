@@ -20,12 +20,12 @@ from dager_tutorial.server.completion.guess import plausible_heads
 from dager_tutorial.server.completion.simulation import Ids, Simulator
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.ranked import ranked_prefixes
-from dager_tutorial.server.embedding_rows import anywhere
+from dager_tutorial.server.embedding_rows import anywhere, table_gradient
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.missing.quantised import grid_deviation
 from dager_tutorial.server.noisy.account import Account, Entry
 from dager_tutorial.server.noisy.climb import Climb, Text
-from dager_tutorial.server.noisy.deviation import deviation_of, outstanding, table_gradient
+from dager_tutorial.server.noisy.deviation import deviation_of, outstanding
 from dager_tutorial.server.noisy.joint import Joint
 from dager_tutorial.server.noisy.matched import Matched
 from dager_tutorial.server.outcome import FoundText, Outcome
