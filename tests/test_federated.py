@@ -13,15 +13,11 @@ from dager_tutorial.client.step import play
 from dager_tutorial.errors import DagerError
 from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP_OUTPUT, QKV, QUERY
+from dager_tutorial.models.tap import QKV
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.candidates import candidates_of
 from dager_tutorial.server.constants import varied
-from dager_tutorial.server.decoder.beams import BeamSearch
-from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.left_over import left_over
-from dager_tutorial.server.decoder.passage import Passage
-from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
 from dager_tutorial.server.embedding_rows import named_positions, named_tokens
 from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.server.token_filter import tells_tokens
@@ -75,25 +71,6 @@ def test_several_epochs_of_small_steps_give_the_texts_away(model: LanguageModel,
     assert score(found, truth).exact == 1, found.diagnosis
     for text, by in zip(found.sequences, found.confirmations, strict=True):
         assert text in truth.sequences or by.certainty is not Certainty.WHOLE
-
-
-def test_what_one_search_tells_is_kept_by_the_next_one(tiny_llama: LanguageModel) -> None:
-    update, truth = play_locally(tiny_llama, TEXTS, config=FOUR, training=LocalTraining(10, 2, 1e-2))
-    evidence, budget = evidence_of(tiny_llama, update), Budget()
-    adapter = evidence.adapter
-    candidates = candidates_of(evidence, evidence.span(adapter.tap(0, QKV)), budget)
-    ends = [adapter.tap(adapter.num_blocks - 1, kind) for kind in (ATTENTION_OUTPUT, QUERY, MLP_OUTPUT)]
-    last = LastBlock(adapter, evidence.present(*ends))
-    search = BeamSearch(candidates, last, budget)
-    readers = {tap: Misfit(span) for tap, span in evidence.present(*ranked_taps(adapter, 1)).items()}
-    ranking = Ranking(Passage(adapter, readers, budget, blocks=1), candidates.distinct(), budget.generator())
-    search.run(ranking)
-    told = [end for end in search.texts if end in search.ends]
-    assert 0 < len(told) < len(search.texts)
-    search.budget = Budget(deadline=0.0)  # no time for another one
-    search.run(ranking)
-    assert search.texts == told
-    assert {search.tree.nodes[leaf].tokens for leaf in search.tree.leaves()} <= set(truth.sequences)
 
 
 def left_of(model: LanguageModel, update: Update, texts: list[tuple[int, ...]]) -> set[int]:

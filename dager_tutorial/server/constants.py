@@ -27,16 +27,12 @@ class Constants:
     model_error: float = _constant(
         4.0, "a true row's residual may be so many times the predicted one", "measured: z of true rows 0.8 to 1.5"
     )
-    clear_gap: float = _constant(
-        30.0, "ratio of neighbouring singular values that noise does not make", "measured: gaps of signals 1e3 to 1e6"
-    )
+    clear_gap: float = _constant(30.0, "ratio of neighbouring singular values that noise never makes", "measured: 1e3")
     nearly_full: float = _constant(0.9, "share of the width above which a rank without a gap is full", "measured")
     uneven_rounding: float = _constant(
         100.0, "noise over the floor of storage above which it is measured for each output", "measured"
     )
-    largest_rounding: float = _constant(
-        1000.0, "largest rounding errors of a gradient's sums over those of storing it", "measured: random BERT-base"
-    )
+    largest_rounding: float = _constant(1000.0, "most that a gradient's sums round, over storing it", "measured: BERT")
     storage_rounding: float = _constant(
         0.2, "root mean square of rounding to nearest, in units of epsilon and of the entry", "numerics: 0.2 to 0.29"
     )
@@ -63,9 +59,7 @@ class Constants:
     filling_seed: int = _constant(1_414_213_562, "seed of that choice, which nobody else takes", "chosen")
     filled: float = _constant(1e-6, "share of the entries that a filled gradient may leave", "numerics: float32 sums")
     filling_error: float = _constant(1e-3, "share of held-out entries that it may miss them by", "chosen")
-    entries_a_number: float = _constant(
-        1.2, "least entries for each number of a low-rank matrix", "measured: 1.1 fails"
-    )
+    entries_a_number: float = _constant(1.2, "entries for each number of a low-rank matrix", "measured: 1.1 fails")
     entries_a_direction: float = _constant(2.0, "entries of a row for each of its coefficients", "measured: 1.3 fails")
     filling_pays: float = _constant(0.95, "share to which a round must lower the rest, or the rank grows", "cost")
     filling_gap: float = _constant(3.0, "ratio of neighbouring directions at which a rank may end", "measured")
@@ -165,10 +159,17 @@ class Constants:
     end_margin: float = _constant(0.23, "by how much, as a logarithm, others fit worse", "measured: true above .27")
     ends_every: int = _constant(8, "positions after which ends are looked for", "cost")
     end_ridge: float = _constant(0.03, "ridge of the slopes at known ends, share of a square", "measured")
+    mended: float = _constant(0.02, "least by which, as a logarithm, a neighbour fits better", "chosen")
+    mended_places: float = _constant(0.5, "share of earlier rows' evidence below which one is edited", "measured: .43")
+    mended_before: int = _constant(8, "earlier rows that it is compared with", "chosen")
+    mended_tokens: int = _constant(4, "tokens that are tried at each place", "cost")
+    mended_behind: int = _constant(3, "tokens behind it whose rows are compared", "cost")
+    mended_tried: int = _constant(8, "neighbours of a text that the last block is asked of", "cost")
     left_over: float = _constant(0.3, "share that known texts leave of the row of a token of others", "measured")
     common: int = _constant(2, "known texts that hold a token which others may hold, too", "measured")
     most_left_over: float = _constant(0.35, "share of the tokens above which such rows tell nothing", "measured")
     own_rows: float = _constant(2.0, "outstanding rows that a text needs which no better text has", "chosen")
+    own_share: float = _constant(0.4, "and the share of its evidence that they are", "chosen")
     # Decoder search where an adapter is narrower than its text is long
     whitening_texts: int = _constant(128, "random texts that tell which directions rows share anyway", "statistics")
     whitening_ridge: float = _constant(0.02, "share of the mean variance that every direction has at least", "numerics")
@@ -177,7 +178,6 @@ class Constants:
     narrow_beam: int = _constant(32, "prefixes of one length that are kept", "cost")
     rows_a_direction: int = _constant(8, "rows for each direction of a tap up to which a text is followed", "cost")
     nothing_new: float = _constant(1e-4, "share of a row that rounding may leave outside earlier ones", "numerics")
-    own_share: float = _constant(0.4, "and the share of its evidence that they are", "chosen")
     # Completion
     tokens_trained_at_once: int = _constant(128, "tokens for which the client's step is repeated at once", "cost")
     most_copies: int = _constant(8, "copies of one text, and texts for each distinct one, that are tried", "cost")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from dager_tutorial.models.adapter import DecoderAdapter
 from dager_tutorial.models.tap import QUERY, Tap
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.last_rows import last_ratios
+from dager_tutorial.server.decoder.passage import Prefix
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.subspace import Span
 
@@ -55,6 +56,11 @@ class LastBlock:
     adapter: DecoderAdapter
     spans: Mapping[Tap, Span]
 
+    @property
+    def tells(self) -> bool:
+        """Whether enough taps were shared to name the same place."""
+        return len(self.spans) >= 2
+
     def ends(self, tree: Tree, leaves: list[int]) -> dict[int, End]:
         """For leaves the prefix on the way to each at which its text surely ends; without those on which there is none.
 
@@ -62,27 +68,56 @@ class LastBlock:
             tree: The likeliest prefixes.
             leaves: Indices of its nodes.
         """
-        if len(self.spans) < 2 or not leaves:
+        if not self.tells or not leaves:
             return {}
         ratios = last_ratios(self.adapter, tree, leaves, self.spans)
-        bounds = {tap: self.spans[tap].bound for tap in ratios}
-        found = {leaf: _end(tree, leaf, ratios, bounds) for leaf in leaves}
+        found = {leaf: self._end(tree, leaf, ratios) for leaf in leaves}
         return {leaf: end for leaf, end in found.items() if end is not None and end.sure}
 
+    def singles_out(self, text: Prefix) -> bool:
+        """Whether a text fits better than its prefixes at every tap, and by as much as a true end does.
 
-def _end(tree: Tree, leaf: int, ratios: Mapping[Tap, Mapping[int, float]], bounds: Mapping[Tap, float]) -> End | None:
-    """The one prefix on the way to a leaf that fits best at every tap."""
-    best: set[int] = set()
-    misfits, margins = [], []
-    for tap, found in ratios.items():
-        path = [index for index in tree.path(leaf) if index in found]
-        if tap.kind == QUERY:  # a softmax over one key is constant: a first token has no query gradient
-            path = [index for index in path if tree.nodes[index].parent is not None]
-        if not path:
-            continue
-        order = sorted(path, key=lambda index: found[index])
-        logs = [math.log(max(found[index], 1e-30)) for index in order[:2]]
-        best.add(order[0])
-        misfits.append(logs[0] + math.log(bounds[tap]))
-        margins.append(logs[-1] - logs[0])
-    return End(best.pop(), statistics.mean(misfits), statistics.mean(margins)) if len(best) == 1 else None
+        Args:
+            text: Token ids.
+        """
+        tree = Tree.of({text: 1.0}, rotary=self.adapter.first_input.positions is None)
+        end = self._end(tree, len(tree.nodes) - 1, last_ratios(self.adapter, tree, tree.leaves(), self.spans))
+        return end is not None and end.node == len(tree.nodes) - 1 and end.margin >= constants().end_margin
+
+    def misfits(self, texts: Sequence[Prefix]) -> list[float]:
+        """How badly texts fit as whole ones: as `End.misfit`, of their last rows; infinite where no tap can tell.
+
+        Args:
+            texts: Token ids.
+        """
+        tree = Tree.of(dict.fromkeys(texts, 1.0), rotary=self.adapter.first_input.positions is None)
+        places = {node.tokens: index for index, node in enumerate(tree.nodes)}
+        ends = [places[text] for text in texts]
+        ratios = last_ratios(self.adapter, tree, list(dict.fromkeys(ends)), self.spans) if ends else {}
+        return [self._misfit(end, ratios) for end in ends]
+
+    def _misfit(self, end: int, ratios: Mapping[Tap, Mapping[int, float]]) -> float:
+        """The mean over the taps of the logarithm of a row's residual."""
+        logs = [
+            math.log(max(found[end], 1e-30)) + math.log(self.spans[tap].bound)
+            for tap, found in ratios.items()
+            if end in found
+        ]
+        return statistics.mean(logs) if logs else math.inf
+
+    def _end(self, tree: Tree, leaf: int, ratios: Mapping[Tap, Mapping[int, float]]) -> End | None:
+        """The one prefix on the way to a leaf that fits best at every tap."""
+        best: set[int] = set()
+        misfits, margins = [], []
+        for tap, found in ratios.items():
+            path = [index for index in tree.path(leaf) if index in found]
+            if tap.kind == QUERY:  # a softmax over one key is constant: a first token has no query gradient
+                path = [index for index in path if tree.nodes[index].parent is not None]
+            if not path:
+                continue
+            order = sorted(path, key=lambda index: found[index])
+            logs = [math.log(max(found[index], 1e-30)) for index in order[:2]]
+            best.add(order[0])
+            misfits.append(logs[0] + math.log(self.spans[tap].bound))
+            margins.append(logs[-1] - logs[0])
+        return End(best.pop(), statistics.mean(misfits), statistics.mean(margins)) if len(best) == 1 else None

@@ -14,6 +14,7 @@ from dager_tutorial.server.decoder.ends import whole_texts
 from dager_tutorial.server.decoder.found import Found, Spans, likeliest
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.left_over import left_over
+from dager_tutorial.server.decoder.mending import Mender
 from dager_tutorial.server.decoder.neighbours import Neighbours
 from dager_tutorial.server.decoder.passage import Passage
 from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
@@ -30,21 +31,24 @@ def by_rank(
 ) -> Outcome:
     """The outcome of a search where no gap stands below the signal.
 
-    One block tells enough where little drifted, and costs little. That it did shows in the last block, at the ends.
-    Else a further block ranks, too, the tokens that the texts whose ends were told leave over. Such a text stays,
-    unless there is a better one much like it.
+    One block tells enough where little drifted, and costs little. That it did shows in the last block, at the ends,
+    once texts with a wrong token were mended. Else a further block ranks, too, the tokens that the texts whose ends
+    were told leave over. Such a text stays, unless there is a better one much like it.
     """
     clear = {tap: span for tap, span in last.items() if span.clear}
     block = _last_block(evidence, adapter, budget)
     neighbours = neighbours_of(evidence, adapter, clear, candidates, budget)
     deepest = max(1, min(constants().ranked_blocks, adapter.num_blocks - 1))  # of the last block its input counts
     search = BeamSearch(candidates, block, budget)
-    if not _searched(search, evidence, blocks=1) and deepest > 1 and not budget.late:
-        with evidence.watch.stage("search"):
-            search.candidates = left_over(evidence, adapter, search.told, candidates)
-        _searched(search, evidence, deepest)
-    tree = search.tree
+    near = _ranking(evidence, search, blocks=1)
     with evidence.watch.stage("search"):
+        told = near is not None and _searched(search, near, near)
+        if not told and deepest > 1 and not budget.late:
+            search.candidates = left_over(evidence, adapter, search.told, candidates)
+            deep = _ranking(evidence, search, deepest)
+            if deep is not None:
+                _searched(search, deep, near or deep)
+        tree = search.tree
         texts = whole_texts(adapter, tree, clear, neighbours=neighbours)
     likely = likeliest(Found(tree, texts, {}, clear))
     if not likely.texts.nodes:
@@ -59,19 +63,23 @@ def _last_block(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> 
     return LastBlock(adapter, {tap: span for tap, span in spans.items() if span.rank and not span.saturated})
 
 
-def _searched(search: BeamSearch, evidence: Evidence, blocks: int) -> bool:
-    """Search by the taps of so many blocks; whether the last block tells where each text ends."""
+def _searched(search: BeamSearch, ranking: Ranking, mending: Ranking) -> bool:
+    """Search and mend what came of it, by a ranking each; whether the last block tells where each of the texts ends."""
+    search.run(ranking)
+    return search.mend(Mender(mending, search.last, search.candidates, search.budget))
+
+
+def _ranking(evidence: Evidence, search: BeamSearch, blocks: int) -> Ranking | None:
+    """What weighs extensions by the taps of so many blocks; None where none of them was shared."""
     adapter = search.last.adapter
     present = evidence.present(*ranked_taps(adapter, blocks))
     ranked = {tap: span for tap, span in present.items() if span.rank}
     if not ranked:
-        return False
+        return None
     # Leverages of a full span say little beside residuals, and ask for all of its directions.
     spans = {tap: span for tap, span in ranked.items() if not span.saturated} or ranked
-    readers = {tap: Misfit(span) for tap, span in spans.items()}
-    with evidence.watch.stage("search"):
-        passage = Passage(adapter, readers, search.budget, blocks=blocks)
-        return search.run(Ranking(passage, search.candidates.distinct(), search.budget.generator()))
+    passage = Passage(adapter, {tap: Misfit(span) for tap, span in spans.items()}, search.budget, blocks=blocks)
+    return Ranking(passage, search.candidates.distinct(), search.budget.generator())
 
 
 def ranked_prefixes(
@@ -90,7 +98,10 @@ def ranked_prefixes(
     """
     last = _last_block(evidence, adapter, budget)
     search = BeamSearch(candidates, last, budget)
-    _searched(search, evidence, blocks=1)
+    ranking = _ranking(evidence, search, blocks=1)
+    with evidence.watch.stage("search"):
+        if ranking is not None:
+            search.run(ranking)
     tree = search.tree
     return [tree.nodes[leaf].tokens for leaf in tree.leaves()]
 

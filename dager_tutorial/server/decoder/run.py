@@ -125,7 +125,7 @@ def _of_narrow_adapter(evidence: Evidence, adapter: DecoderAdapter, first: Span,
         found = text_that_explains(evidence, adapter, taps, budget)
         if found is None or not found[0]:
             return None
-        tree = Tree.of(found[0], rotary=adapter.first_input.positions is None)
+        tree = Tree.of({found[0]: 1.0}, rotary=adapter.first_input.positions is None)
         texts = whole_texts(adapter, tree, last, complete=found[1])
     if not found[1]:
         return Found(tree, texts, {}, last).outcome(*unexplained(late=budget.late))

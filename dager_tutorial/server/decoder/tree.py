@@ -5,6 +5,7 @@ Chapter `06_decoder_recovery`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -40,16 +41,19 @@ class Tree:
     overflowed: bool = False
 
     @classmethod
-    def of(cls, tokens: tuple[int, ...], *, rotary: bool) -> Tree:
-        """The prefixes of one text.
+    def of(cls, texts: Mapping[tuple[int, ...], float], *, rotary: bool) -> Tree:
+        """The prefixes of some texts, each once.
 
         Args:
-            tokens: Its token ids.
+            texts: Token ids of each, and the span ratio of its worst row.
             rotary: Whether repeats of a first token are one row.
         """
-        tree, parent = cls(), None
-        for token in tokens:
-            parent = tree.grow(parent, token, start=0, ratio=1.0, rotary=rotary)
+        tree, places = cls(), dict[tuple[int, ...], int]()
+        for text, ratio in texts.items():
+            for end in range(1, len(text) + 1):
+                if text[:end] not in places:
+                    before = places.get(text[: end - 1])
+                    places[text[:end]] = tree.grow(before, text[end - 1], start=0, ratio=ratio, rotary=rotary)
         return tree
 
     def leaves(self) -> list[int]:

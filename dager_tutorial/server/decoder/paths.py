@@ -1,0 +1,100 @@
+"""The rows of a search, each with the one before it: texts that share a beginning share its rows.
+
+Chapter `12_federated`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dager_tutorial.server.constants import constants
+
+
+@dataclass(frozen=True)
+class Row:
+    """One token of a beam.
+
+    Attributes:
+        parent: Index of the row before, or None.
+        token: Its id.
+        root: The text's first token, behind its prompt.
+        position: Where it stands.
+        evidence: By how many deviations it fits better than false ones.
+        total: The same, summed along the prefix.
+        strong: Whether it stands out.
+        weak: By how many more rows than stand out did not, since they last were even.
+        doubtful: Whether this row or one before it did not stand out.
+    """
+
+    parent: int | None
+    token: int
+    root: int
+    position: int
+    evidence: float
+    total: float
+    strong: bool
+    weak: int
+    doubtful: bool
+
+
+@dataclass
+class Paths:
+    """Rows that were kept, parents before children.
+
+    Attributes:
+        rows: The rows.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+
+    def path(self, index: int) -> list[int]:
+        """A row and those before it, the first first."""
+        path: list[int] = []
+        step: int | None = index
+        while step is not None:
+            path.append(step)
+            step = self.rows[step].parent
+        return path[::-1]
+
+    def tokens(self, index: int | None) -> list[int]:
+        """The tokens up to a row."""
+        return [] if index is None else [self.rows[step].token for step in self.path(index)]
+
+    def usual(self, index: int) -> float:
+        """The evidence of a usual row up to one."""
+        return statistics.median(self.rows[step].evidence for step in self.path(index))
+
+    def recent(self, row: Row) -> float:
+        """The evidence of a text's last rows."""
+        before = [] if row.parent is None else self.path(row.parent)[1 - constants().alike :]
+        return row.evidence + sum(self.rows[step].evidence for step in before)
+
+    def replaced(self, end: int, text: Sequence[int]) -> int:
+        """Rows for a text in the place of another, with the evidence of the other's rows; the index of its last.
+
+        Args:
+            end: The other text's last row.
+            text: Token ids.
+        """
+        old, before = [self.rows[step] for step in self.path(end)], None
+        total = 0.0
+        for place, token in enumerate(text):
+            evidence = old[min(place, len(old) - 1)].evidence
+            total += evidence
+            strong = place == len(text) - 1
+            row = Row(before, token, old[0].root, place, evidence, total, strong, weak=0, doubtful=False)
+            self.rows.append(row)
+            before = len(self.rows) - 1
+        assert before is not None, "a text has a token"
+        return before
+
+
+def circular(text: Sequence[int]) -> bool:
+    """Whether a text ends with the same tokens twice, one behind the other; with few of them, as often as they fit."""
+    for period in range(1, len(text) // 2 + 1):
+        length = max(constants().alike, period)
+        if len(text) >= length + period and text[-length:] == text[-length - period : -period]:
+            return True
+    return False

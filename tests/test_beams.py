@@ -1,0 +1,98 @@
+"""The search where no gap stands below the signal: its beams, and texts mended by the last block."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import every
+
+from dager_tutorial.client.config import ClientConfig
+from dager_tutorial.client.federated import LocalTraining, play_locally
+from dager_tutorial.models.adapter import DecoderAdapter
+from dager_tutorial.models.language_model import LanguageModel
+from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP_OUTPUT, QKV, QUERY
+from dager_tutorial.server.budget import Budget
+from dager_tutorial.server.candidates import candidates_of
+from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decoder.beams import BeamSearch
+from dager_tutorial.server.decoder.last_block import LastBlock
+from dager_tutorial.server.decoder.mending import Mender
+from dager_tutorial.server.decoder.passage import Passage
+from dager_tutorial.server.decoder.paths import circular
+from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
+from dager_tutorial.server.evidence import evidence_of
+from dager_tutorial.update import Update
+
+TEXTS = ["the river was cold and quiet", "my sister sold her small house", "we never talk about money at dinner",
+         "a teacher told the children a story"]  # fmt: skip
+FOUR = ClientConfig(head_std=0.02)
+TRAINING = LocalTraining(10, 2, 1e-2)
+
+
+def searching(model: LanguageModel, update: Update) -> tuple[BeamSearch, Ranking]:
+    """A search that has not begun, and what weighs its extensions."""
+    evidence, budget = evidence_of(model, update), Budget()
+    adapter = evidence.adapter
+    assert isinstance(adapter, DecoderAdapter)
+    candidates = candidates_of(evidence, evidence.span(adapter.tap(0, QKV)), budget)
+    ends = [adapter.tap(adapter.num_blocks - 1, kind) for kind in (ATTENTION_OUTPUT, QUERY, MLP_OUTPUT)]
+    last = LastBlock(adapter, evidence.present(*ends))
+    readers = {tap: Misfit(span) for tap, span in evidence.present(*ranked_taps(adapter, 1)).items()}
+    ranking = Ranking(Passage(adapter, readers, budget, blocks=1), candidates.distinct(), budget.generator())
+    return BeamSearch(candidates, last, budget), ranking
+
+
+def test_what_one_search_tells_is_kept_by_the_next_one(tiny_llama: LanguageModel) -> None:
+    update, truth = play_locally(tiny_llama, TEXTS, config=FOUR, training=TRAINING)
+    search, ranking = searching(tiny_llama, update)
+    search.run(ranking)
+    told = [end for end in search.texts if end in search.ends]
+    assert 0 < len(told) < len(search.texts)
+    search.budget = Budget(deadline=0.0)  # no time for another one
+    search.run(ranking)
+    assert search.texts == told
+    assert {search.tree.nodes[leaf].tokens for leaf in search.tree.leaves()} <= set(truth.sequences)
+
+
+@every("tiny_gpt2", "tiny_llama")
+def test_a_text_with_a_token_wrong_missing_or_too_many_is_mended(model: LanguageModel) -> None:
+    update, truth = play_locally(model, TEXTS, config=FOUR, training=TRAINING)
+    search, ranking = searching(model, update)
+    mender = Mender(ranking, search.last, search.candidates, search.budget)
+    texts = list(truth.sequences)
+    stray = texts[0][2]
+    damaged = [
+        *(text[:2] + text[3:] for text in texts),
+        *((*text[:2], text[0], *text[2:]) for text in texts),
+        *((*text[:2], stray, *text[3:]) for text in texts),
+    ]
+    mended = mender.mended([*texts, *damaged])
+    assert [each.text for each in mended] == texts * 4
+    assert all(each.told for each in mended)
+    assert all(search.last.singles_out(text) for text in texts)
+    assert not any(search.last.singles_out((*text, text[1])) for text in texts)
+    late = Mender(ranking, search.last, search.candidates, Budget(deadline=0.0))
+    assert [each.text for each in late.mended(texts)] == texts
+    assert next(each.text for each in late.mended(damaged[:1])) not in texts
+
+
+def test_what_was_mended_takes_the_place_of_the_text_that_it_was(tiny_llama: LanguageModel) -> None:
+    update, truth = play_locally(tiny_llama, TEXTS, config=FOUR, training=TRAINING)
+    search, ranking = searching(tiny_llama, update)
+    search.run(ranking)
+    text = max(search.told, key=len)
+    wrong = search.paths.replaced(search.texts[0], (*text[:2], text[0], *text[2:]))
+    search.texts.append(wrong)
+    assert search.told.count(text) == 1
+    search.mend(Mender(ranking, search.last, search.candidates, search.budget))
+    assert search.told.count(text) == 1 and wrong not in search.texts
+    assert set(search.told) <= set(truth.sequences)
+
+
+@pytest.mark.parametrize(
+    ("text", "turns"),
+    [("abcdabc", False), ("abcdabcd", True), ("aaaa", False), ("aaaaa", True), ("abcabc", False), ("abcabca", True),
+     ("abcdefabcde", False), ("abcdefabcdef", True), ("xabcdefabcdefy", False)],
+)  # fmt: skip
+def test_only_what_repeats_as_a_whole_goes_round_in_a_circle(text: str, *, turns: bool) -> None:
+    assert constants().alike == 4
+    assert circular([ord(token) for token in text]) is turns
