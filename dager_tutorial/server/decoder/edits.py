@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.passage import Cache, Prefix, Rows
 from dager_tutorial.server.decoder.ranking import Chance, Ranking
@@ -35,15 +36,16 @@ class Nearby(NamedTuple):
     steady: bool
 
 
-def nearby(ranking: Ranking, candidates: Candidates, texts: Sequence[Prefix]) -> list[Nearby]:
+def nearby(ranking: Ranking, candidates: Candidates, texts: Sequence[Prefix], budget: Budget) -> list[Nearby]:
     """The likeliest neighbours of texts.
 
     Args:
         ranking: Weighs extensions by the first blocks.
         candidates: Tokens that may stand at each position.
         texts: Token ids.
+        budget: What it may cost.
     """
-    walk = _Walk(ranking, candidates, texts)
+    walk = _Walk(ranking, candidates, texts, budget)
     gains: list[dict[Prefix, float]] = [{} for _ in texts]
     for edit, gain in walk.gains():
         own, mine = texts[edit.text], gains[edit.text]
@@ -78,8 +80,8 @@ class _Edit(NamedTuple):
 class _Walk:
     """Texts on their way through the first blocks, all at once."""
 
-    def __init__(self, ranking: Ranking, candidates: Candidates, texts: Sequence[Prefix]) -> None:
-        self.ranking, self.candidates, self.texts = ranking, candidates, texts
+    def __init__(self, ranking: Ranking, candidates: Candidates, texts: Sequence[Prefix], budget: Budget) -> None:
+        self.ranking, self.candidates, self.texts, self.budget = ranking, candidates, texts, budget
         self.longest = max(map(len, texts))
         self.cache, misfits = self._through(ranking.passage.empty(), texts, 0, self.longest, begins=True)
         # Positions are alike behind the first, and what false rows do at one of them tells for all.
@@ -88,8 +90,10 @@ class _Walk:
         self.own = [self.chance.evidence(each).tolist() for each in misfits]
 
     def gains(self) -> Iterator[tuple[_Edit, float]]:
-        """How much more evidence each neighbour's rows have than the text's own, on average."""
+        """How much more evidence each neighbour's rows have than the text's own, on average, while time is left."""
         for place in range(max(1, len(self.candidates.prompt)), self.longest + 1):
+            if self.budget.late:
+                return
             here = [index for index in range(len(self.texts)) if self._doubtful(index, place)]
             edits = list(self._proposed(here, place)) if here else []
             yield from zip(edits, self._gained(edits, place), strict=True)

@@ -85,7 +85,7 @@ class Mender:
         best, misfits, steady = list(texts), self.last.misfits(texts), set[int]()
         going = list(range(len(texts)))
         while going and not self.budget.late:
-            near = nearby(self.ranking, self.candidates, [best[index] for index in going])
+            near = nearby(self.ranking, self.candidates, [best[index] for index in going], self.budget)
             found = iter(self.last.misfits([text for each in near for text in each.texts]))
             gained = []
             for index, each in zip(going, near, strict=True):
