@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from helpers import every
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dager_tutorial.client.config import ClientConfig
 from dager_tutorial.client.federated import LocalTraining, play_locally
@@ -17,7 +21,7 @@ from dager_tutorial.server.decoder.beams import BeamSearch
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.mending import Mender
 from dager_tutorial.server.decoder.passage import Passage
-from dager_tutorial.server.decoder.paths import circular
+from dager_tutorial.server.decoder.paths import circular, shared
 from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
 from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.update import Update
@@ -86,6 +90,13 @@ def test_what_was_mended_takes_the_place_of_the_text_that_it_was(tiny_llama: Lan
     search.mend(Mender(ranking, search.last, search.candidates, search.budget))
     assert search.told.count(text) == 1 and wrong not in search.texts
     assert set(search.told) <= set(truth.sequences)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), max_size=6))
+def test_the_longest_beginning_that_any_two_texts_share(texts: list[tuple[int, ...]]) -> None:
+    pairs = itertools.combinations(set(texts), 2)
+    equal = [list(itertools.takewhile(lambda both: both[0] == both[1], zip(*pair, strict=False))) for pair in pairs]
+    assert shared(texts) == max(map(len, equal), default=0)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.mending import Mender
 from dager_tutorial.server.decoder.passage import Cache
-from dager_tutorial.server.decoder.paths import Paths, Row, circular
+from dager_tutorial.server.decoder.paths import Paths, Row, circular, shared
 from dager_tutorial.server.decoder.ranking import Ranking, near_best
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.odds import chance_quantile
@@ -59,6 +59,7 @@ class BeamSearch:
         texts: Last rows of the texts that nothing better explains.
         mended: Those of them that were mended, or needed it not.
         known: Texts that earlier runs told.
+        common: With how many tokens another text may begin as one of them does.
     """
 
     candidates: Candidates
@@ -71,6 +72,7 @@ class BeamSearch:
     texts: list[int] = field(default_factory=list)
     mended: set[int] = field(default_factory=set)
     known: list[tuple[int, ...]] = field(default_factory=list)
+    common: int = 0
 
     @torch.no_grad()
     def run(self, ranking: Ranking) -> None:
@@ -82,6 +84,7 @@ class BeamSearch:
         self.ranking, self.usually = ranking, 0.0
         self._forget()
         self.known = self.told
+        self.common = max(len(self.candidates.prompt), shared(self.known)) + constants().alike
         front = _Front((), ranking.passage.empty())
         for position in range(ranking.passage.adapter.max_positions):
             tokens = self.candidates.at(position)
@@ -159,9 +162,9 @@ class BeamSearch:
         return _Front(tuple(node for node, _ in going), self.ranking.passage.grown(front.cache, extended.take(chosen)))
 
     def _known(self, row: Row) -> bool:
-        """Whether a prefix is one of a text that an earlier search told, beyond what several texts may begin with."""
+        """Whether a prefix is one of a text that an earlier run told, beyond what several texts may begin with."""
         text = (*self.paths.tokens(row.parent), row.token)
-        return len(text) > constants().alike and any(known[: len(text)] == text for known in self.known)
+        return len(text) > self.common and any(known[: len(text)] == text for known in self.known)
 
     def _over(self, nodes: list[int]) -> set[int]:
         """Those last rows of prefixes in which a text has surely ended; what lies behind its end stands out no more."""

@@ -6,6 +6,7 @@ Chapter `12_federated`.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,7 +51,11 @@ class Paths:
     rows: list[Row] = field(default_factory=list)
 
     def path(self, index: int) -> list[int]:
-        """A row and those before it, the first first."""
+        """A row and those before it, the first first.
+
+        Args:
+            index: The row.
+        """
         path: list[int] = []
         step: int | None = index
         while step is not None:
@@ -59,15 +64,27 @@ class Paths:
         return path[::-1]
 
     def tokens(self, index: int | None) -> list[int]:
-        """The tokens up to a row."""
+        """The tokens up to a row.
+
+        Args:
+            index: The row; None for none.
+        """
         return [] if index is None else [self.rows[step].token for step in self.path(index)]
 
     def usual(self, index: int) -> float:
-        """The evidence of a usual row up to one."""
+        """The evidence of a usual row up to one.
+
+        Args:
+            index: That one.
+        """
         return statistics.median(self.rows[step].evidence for step in self.path(index))
 
     def recent(self, row: Row) -> float:
-        """The evidence of a text's last rows."""
+        """The evidence of a text's last rows.
+
+        Args:
+            row: The last of them, which need not be kept yet.
+        """
         before = [] if row.parent is None else self.path(row.parent)[1 - constants().alike :]
         return row.evidence + sum(self.rows[step].evidence for step in before)
 
@@ -84,7 +101,7 @@ class Paths:
             evidence = old[min(place, len(old) - 1)].evidence
             total += evidence
             strong = place == len(text) - 1
-            row = Row(before, token, old[0].root, place, evidence, total, strong, weak=0, doubtful=False)
+            row = Row(before, token, old[-1].root, place, evidence, total, strong, weak=0, doubtful=False)
             self.rows.append(row)
             before = len(self.rows) - 1
         assert before is not None, "a text has a token"
@@ -92,9 +109,23 @@ class Paths:
 
 
 def circular(text: Sequence[int]) -> bool:
-    """Whether a text ends with the same tokens twice, one behind the other; with few of them, as often as they fit."""
+    """Whether a text ends with the same tokens twice, one behind the other; with few of them, as often as they fit.
+
+    Args:
+        text: Token ids.
+    """
     for period in range(1, len(text) // 2 + 1):
         length = max(constants().alike, period)
         if len(text) >= length + period and text[-length:] == text[-length - period : -period]:
             return True
     return False
+
+
+def shared(texts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens the beginnings of any two texts share at most.
+
+    Args:
+        texts: Token ids.
+    """
+    begun = Counter(text[:end] for text in set(texts) for end in range(1, len(text) + 1))
+    return max((len(beginning) for beginning, count in begun.items() if count > 1), default=0)
