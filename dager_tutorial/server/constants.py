@@ -27,12 +27,14 @@ class Constants:
     model_error: float = _constant(
         4.0, "a true row's residual may be so many times the predicted one", "measured: z of true rows 0.8 to 1.5"
     )
-    clear_gap: float = _constant(30.0, "ratio of neighbouring singular values that noise never makes", "measured: 1e3")
+    clear_gap: float = _constant(30.0, "ratio of neighbouring singular values that noise does not make", "measured")
     nearly_full: float = _constant(0.9, "share of the width above which a rank without a gap is full", "measured")
     uneven_rounding: float = _constant(
         100.0, "noise over the floor of storage above which it is measured for each output", "measured"
     )
-    largest_rounding: float = _constant(1000.0, "most that a gradient's sums round, over storing it", "measured: BERT")
+    largest_rounding: float = _constant(
+        1000.0, "largest rounding errors of a gradient's sums over those of storing it", "measured: random BERT-base"
+    )
     storage_rounding: float = _constant(
         0.2, "root mean square of rounding to nearest, in units of epsilon and of the entry", "numerics: 0.2 to 0.29"
     )
@@ -53,7 +55,7 @@ class Constants:
     null_length: int = _constant(16, "tokens of each of them", "statistics")
     # Missing entries (chapter `11_limits`)
     fewest_absent: float = _constant(
-        0.02, "share of zeros inside the maps' gradients above which they were taken out", "numerics: below 1e-5 else"
+        0.02, "share of zeros inside gradients above which they were taken out", "numerics"
     )
     held_out: float = _constant(0.02, "share of the entries that test what was filled in", "statistics")
     filling_seed: int = _constant(1_414_213_562, "seed of that choice, which nobody else takes", "chosen")
