@@ -54,9 +54,7 @@ class Constants:
     null_texts: int = _constant(16, "random texts whose rows say what log-leverages false rows have", "statistics")
     null_length: int = _constant(16, "tokens of each of them", "statistics")
     # Missing entries (chapter `11_limits`)
-    fewest_absent: float = _constant(
-        0.02, "share of zeros inside gradients above which they were taken out", "numerics"
-    )
+    fewest_absent: float = _constant(0.02, "share of zeros in gradients above which they were taken out", "numerics")
     held_out: float = _constant(0.02, "share of the entries that test what was filled in", "statistics")
     filling_seed: int = _constant(1_414_213_562, "seed of that choice, which nobody else takes", "chosen")
     filled: float = _constant(1e-6, "share of the entries that a filled gradient may leave", "numerics: float32 sums")
