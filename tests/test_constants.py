@@ -13,7 +13,8 @@ import pytest
 from scipy.stats import norm
 
 import dager_tutorial.server
-from dager_tutorial.server.constants import Constants, constant_table, constants, varied
+from dager_tutorial.server.constant_table import constant_table
+from dager_tutorial.server.constants import Constants, constants, varied
 from dager_tutorial.server.odds import MEDIAN_TO_DEVIATION
 
 SERVER = Path(dager_tutorial.server.__file__).parent

@@ -13,7 +13,8 @@ from dager_tutorial.client.step import play
 from dager_tutorial.evaluation import sensitivity
 from dager_tutorial.evaluation.sensitivity import Case, bench_sensitivity, changed, markdown_table
 from dager_tutorial.models.language_model import LanguageModel
-from dager_tutorial.server.constants import ConstantRecord, Constants, constant_table, constants
+from dager_tutorial.server.constant_table import ConstantRecord, constant_table
+from dager_tutorial.server.constants import Constants, constants
 
 TABLE = [record for record in constant_table() if record.name in ("model_error", "failures")]
 

@@ -22,7 +22,8 @@ from dager_tutorial.evaluation.timing import timed, warm_up
 from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.attack import attack
 from dager_tutorial.server.budget import AttackConfig, Progress
-from dager_tutorial.server.constants import ConstantRecord, constant_table, varied
+from dager_tutorial.server.constant_table import ConstantRecord, constant_table
+from dager_tutorial.server.constants import varied
 from dager_tutorial.update import Update
 from dager_tutorial.zoo.checkpoint import random_backbone
 from dager_tutorial.zoo.names import load_model
@@ -97,7 +98,7 @@ def bench_sensitivity(
 
     Args:
         cases: What to attack; None for `usual_cases()`.
-        table: Which constants to change; None for all of `constants.constant_table()`.
+        table: Which constants to change; None for all of `constant_table()`.
         progress: Called with "constants", how many runs are done and the total.
 
     Yields:

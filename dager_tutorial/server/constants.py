@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 def _constant(value: Any, meaning: str, origin: str) -> Any:
@@ -27,7 +27,9 @@ class Constants:
     model_error: float = _constant(
         4.0, "a true row's residual may be so many times the predicted one", "measured: z of true rows 0.8 to 1.5"
     )
-    clear_gap: float = _constant(30.0, "ratio of neighbouring singular values that noise does not make", "measured")
+    clear_gap: float = _constant(
+        30.0, "ratio of neighbouring singular values that noise does not make", "measured: gaps of signals 1e3 to 1e6"
+    )
     nearly_full: float = _constant(0.9, "share of the width above which a rank without a gap is full", "measured")
     uneven_rounding: float = _constant(
         100.0, "noise over the floor of storage above which it is measured for each output", "measured"
@@ -54,12 +56,16 @@ class Constants:
     null_texts: int = _constant(16, "random texts whose rows say what log-leverages false rows have", "statistics")
     null_length: int = _constant(16, "tokens of each of them", "statistics")
     # Missing entries (chapter `11_limits`)
-    fewest_absent: float = _constant(0.02, "share of zeros in gradients above which they were taken out", "numerics")
+    fewest_absent: float = _constant(
+        0.02, "share of zeros inside the maps' gradients above which they were taken out", "numerics: below 1e-5 else"
+    )
     held_out: float = _constant(0.02, "share of the entries that test what was filled in", "statistics")
     filling_seed: int = _constant(1_414_213_562, "seed of that choice, which nobody else takes", "chosen")
     filled: float = _constant(1e-6, "share of the entries that a filled gradient may leave", "numerics: float32 sums")
     filling_error: float = _constant(1e-3, "share of held-out entries that it may miss them by", "chosen")
-    entries_a_number: float = _constant(1.2, "entries for each number of a low-rank matrix", "measured: 1.1 fails")
+    entries_a_number: float = _constant(
+        1.2, "least entries for each number of a low-rank matrix", "measured: 1.1 fails"
+    )
     entries_a_direction: float = _constant(2.0, "entries of a row for each of its coefficients", "measured: 1.3 fails")
     filling_pays: float = _constant(0.95, "share to which a round must lower the rest, or the rank grows", "cost")
     filling_gap: float = _constant(3.0, "ratio of neighbouring directions at which a rank may end", "measured")
@@ -242,35 +248,6 @@ class Constants:
     constraint_weight: float = _constant(3.0, "weight of the constraints' rows against the equations'", "numerics")
     dead_weight: float = _constant(2e-4, "weight below which a candidate is dropped", "numerics")
     settling: int = _constant(4, "iterations before candidates are dropped", "measured")
-
-
-class ConstantRecord(NamedTuple):
-    """One line of the table.
-
-    Attributes:
-        name: The field of `Constants`.
-        value: Its value.
-        meaning: What it is, one phrase.
-        origin: Where it comes from: chosen, measured, statistics, numerics or cost (results do not depend on it).
-    """
-
-    name: str
-    value: float
-    meaning: str
-    origin: str
-
-
-def constant_table() -> list[ConstantRecord]:
-    """The constants with meaning and origin, in the order of the attack.
-
-    >>> constant_table()[0].name
-    'miss_rate'
-    """
-    return [
-        ConstantRecord(each.name, each.default, each.metadata["meaning"], each.metadata["origin"])
-        for each in fields(Constants)
-        if isinstance(each.default, (int, float))
-    ]
 
 
 _ACTIVE: ContextVar[Constants] = ContextVar("constants", default=Constants())  # noqa: B039 (frozen)
