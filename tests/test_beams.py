@@ -74,6 +74,7 @@ def test_a_text_with_a_token_wrong_missing_or_too_many_is_mended(model: Language
     assert all(each.told for each in mended)
     assert all(search.last.singles_out(text) for text in texts)
     assert not any(search.last.singles_out((*text, text[1])) for text in texts)
+    assert all(search.last.misfits([text[:1]]) > search.last.misfits([text]) for text in texts)
     late = Mender(ranking, search.last, search.candidates, Budget(deadline=0.0))
     assert [each.text for each in late.mended(texts)] == texts
     assert next(each.text for each in late.mended(damaged[:1])) not in texts

@@ -22,7 +22,7 @@ from torch import Tensor
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.last_block import LastBlock
-from dager_tutorial.server.decoder.mending import Mender
+from dager_tutorial.server.decoder.mending import Mended, Mender
 from dager_tutorial.server.decoder.passage import Cache
 from dager_tutorial.server.decoder.paths import Paths, Row, circular, shared
 from dager_tutorial.server.decoder.ranking import Ranking, near_best
@@ -104,18 +104,23 @@ class BeamSearch:
             Whether the last block tells where each of the texts ends.
         """
         old = [end for end in self.texts if end not in self.mended]
-        mended = mender.mended([tuple(self.paths.tokens(end)) for end in old])
-        for end, found in zip(old, mended, strict=True):
-            place = self.texts.index(end)
-            if found.text != tuple(self.paths.tokens(end)):
-                self.ends.pop(end, None)
-                self.texts[place] = self.paths.replaced(end, found.text)
-            if found.told:
-                self.ends[self.texts[place]] = found.misfit
-        different = {tuple(self.paths.tokens(end)): end for end in reversed(self.texts)}
-        self.texts = sorted(different.values(), key=self.texts.index)
+        found = dict(zip(old, mender.mended([self.paths.tokens(end) for end in old]), strict=True))
+        ends = [self._replaced(end, found[end]) if end in found else end for end in self.texts]
+        different: dict[tuple[int, ...], int] = {}
+        for end in ends:
+            different.setdefault(self.paths.tokens(end), end)
+        self.texts = list(different.values())
         self.mended.update(self.texts)
         return all(end in self.ends for end in self.texts)
+
+    def _replaced(self, end: int, mended: Mended) -> int:
+        """Last row of what was mended, which may be the text itself."""
+        if mended.text != self.paths.tokens(end):
+            self.ends.pop(end, None)
+            end = self.paths.replaced(end, mended.text)
+        if mended.told:
+            self.ends[end] = mended.misfit
+        return end
 
     @property
     def tree(self) -> Tree:
@@ -125,7 +130,7 @@ class BeamSearch:
     @property
     def told(self) -> list[tuple[int, ...]]:
         """Those of them whose ends the last block tells."""
-        return [tuple(self.paths.tokens(end)) for end in self.texts if end in self.ends]
+        return [self.paths.tokens(end) for end in self.texts if end in self.ends]
 
     def _forget(self) -> None:
         """Leave nothing but the texts whose ends the last block tells."""
@@ -163,7 +168,7 @@ class BeamSearch:
 
     def _known(self, row: Row) -> bool:
         """Whether a prefix is one of a text that an earlier run told, beyond what several texts may begin with."""
-        text = (*self.paths.tokens(row.parent), row.token)
+        text = self.paths.text(row)
         return len(text) > self.common and any(known[: len(text)] == text for known in self.known)
 
     def _over(self, nodes: list[int]) -> set[int]:
@@ -226,7 +231,7 @@ class BeamSearch:
         alike = constants().alike
         for index in order:
             row = made[index]
-            text = (*self.paths.tokens(row.parent), row.token)
+            text = self.paths.text(row)
             end = text[-alike:]
             if circular(text):
                 continue

@@ -20,7 +20,7 @@ from torch import Tensor
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.passage import Cache, Prefix, Rows
-from dager_tutorial.server.decoder.ranking import Chance, Ranking
+from dager_tutorial.server.decoder.ranking import Ranking
 from dager_tutorial.server.token_filter import Candidates
 
 
@@ -83,10 +83,10 @@ class _Walk:
     def __init__(self, ranking: Ranking, candidates: Candidates, texts: Sequence[Prefix], budget: Budget) -> None:
         self.ranking, self.candidates, self.texts, self.budget = ranking, candidates, texts, budget
         self.longest = max(map(len, texts))
-        self.cache, misfits = self._through(ranking.passage.empty(), texts, 0, self.longest, begins=True)
+        self.cache, misfits = self._through(ranking.passage.empty(), texts, 0, self.longest)
         # Positions are alike behind the first, and what false rows do at one of them tells for all.
         middle = (self.longest + 1) // 2
-        self.chance: Chance = ranking.chance(self._before(range(len(texts)), middle), middle)
+        self.chance = ranking.chance(self._before(range(len(texts)), middle), middle)
         self.own = [self.chance.evidence(each).tolist() for each in misfits]
 
     def gains(self) -> Iterator[tuple[_Edit, float]]:
@@ -157,13 +157,11 @@ class _Walk:
 
         return Cache(cut(self.cache.keys), cut(self.cache.values))
 
-    def _through(
-        self, cache: Cache, texts: Sequence[Prefix], begin: int, end: int, *, begins: bool = False
-    ) -> tuple[Cache, list[Tensor]]:
+    def _through(self, cache: Cache, texts: Sequence[Prefix], begin: int, end: int) -> tuple[Cache, list[Tensor]]:
         """Texts' tokens from one place to another behind the first blocks; short texts repeat their last token."""
         passage, misfits = self.ranking.passage, []
         for place in range(begin, end):
-            places = torch.zeros(len(texts), dtype=torch.long) if begins and not place else torch.arange(len(texts))
+            places = torch.arange(len(texts)) if place else torch.zeros(len(texts), dtype=torch.long)
             tokens = torch.tensor([text[min(place, len(text) - 1)] for text in texts])
             device = self.ranking.batch_tokens.device
             rows = passage.enter(places.to(device), tokens.to(device), place)

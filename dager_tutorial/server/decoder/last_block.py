@@ -94,30 +94,33 @@ class LastBlock:
         places = {node.tokens: index for index, node in enumerate(tree.nodes)}
         ends = [places[text] for text in texts]
         ratios = last_ratios(self.adapter, tree, list(dict.fromkeys(ends)), self.spans) if ends else {}
-        return [self._misfit(end, ratios) for end in ends]
+        return [self._misfit(tree, end, ratios) for end in ends]
 
-    def _misfit(self, end: int, ratios: Mapping[Tap, Mapping[int, float]]) -> float:
+    def _misfit(self, tree: Tree, end: int, ratios: Mapping[Tap, Mapping[int, float]]) -> float:
         """The mean over the taps of the logarithm of a row's residual."""
-        logs = [
-            math.log(max(found[end], 1e-30)) + math.log(self.spans[tap].bound)
-            for tap, found in ratios.items()
-            if end in found
-        ]
+        logs = [self._log(tap, found[end]) for tap, found in ratios.items() if _counting(tree, tap, found, [end])]
         return statistics.mean(logs) if logs else math.inf
+
+    def _log(self, tap: Tap, ratio: float) -> float:
+        """The logarithm of a residual in units of a true row's."""
+        return math.log(max(ratio, 1e-30)) + math.log(self.spans[tap].bound)
 
     def _end(self, tree: Tree, leaf: int, ratios: Mapping[Tap, Mapping[int, float]]) -> End | None:
         """The one prefix on the way to a leaf that fits best at every tap."""
         best: set[int] = set()
         misfits, margins = [], []
         for tap, found in ratios.items():
-            path = [index for index in tree.path(leaf) if index in found]
-            if tap.kind == QUERY:  # a softmax over one key is constant: a first token has no query gradient
-                path = [index for index in path if tree.nodes[index].parent is not None]
-            if not path:
+            order = sorted(_counting(tree, tap, found, tree.path(leaf)), key=found.__getitem__)
+            if not order:
                 continue
-            order = sorted(path, key=lambda index: found[index])
-            logs = [math.log(max(found[index], 1e-30)) for index in order[:2]]
+            logs = [self._log(tap, found[index]) for index in order[:2]]
             best.add(order[0])
-            misfits.append(logs[0] + math.log(self.spans[tap].bound))
+            misfits.append(logs[0])
             margins.append(logs[-1] - logs[0])
         return End(best.pop(), statistics.mean(misfits), statistics.mean(margins)) if len(best) == 1 else None
+
+
+def _counting(tree: Tree, tap: Tap, found: Mapping[int, float], nodes: Sequence[int]) -> list[int]:
+    """Those of some prefixes of which a tap says something."""
+    # A softmax over one key is constant: a first token has no query gradient.
+    return [node for node in nodes if node in found and (tap.kind != QUERY or tree.nodes[node].parent is not None)]

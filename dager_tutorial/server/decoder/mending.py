@@ -68,11 +68,10 @@ class Mender:
         if not texts or not self.last.tells:
             return [Mended(text, math.inf, told=False) for text in texts]
         wholes = [self._whole(text) for text in texts]
-        found = self._climbed([*texts, *wholes])
-        return [
-            cut if cut.misfit <= min(constants().end_misfit, full.misfit) else full
-            for full, cut in zip(found[: len(texts)], found[len(texts) :], strict=True)
-        ]
+        starts = list(dict.fromkeys([*texts, *wholes]))  # most texts fit best as they are: they are climbed from once
+        found = dict(zip(starts, self._climbed(starts), strict=True))
+        both = ((found[text], found[whole]) for text, whole in zip(texts, wholes, strict=True))
+        return [cut if cut.misfit <= min(constants().end_misfit, full.misfit) else full for full, cut in both]
 
     def _whole(self, text: Prefix) -> Prefix:
         """The prefix of a text that fits best as a whole one."""

@@ -63,13 +63,21 @@ class Paths:
             step = self.rows[step].parent
         return path[::-1]
 
-    def tokens(self, index: int | None) -> list[int]:
+    def tokens(self, index: int | None) -> tuple[int, ...]:
         """The tokens up to a row.
 
         Args:
             index: The row; None for none.
         """
-        return [] if index is None else [self.rows[step].token for step in self.path(index)]
+        return () if index is None else tuple(self.rows[step].token for step in self.path(index))
+
+    def text(self, row: Row) -> tuple[int, ...]:
+        """The tokens up to a row that need not be kept yet.
+
+        Args:
+            row: The row.
+        """
+        return (*self.tokens(row.parent), row.token)
 
     def usual(self, index: int) -> float:
         """The evidence of a usual row up to one.
