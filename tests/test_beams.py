@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from helpers import every
@@ -18,10 +19,11 @@ from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.candidates import candidates_of
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.beams import BeamSearch
+from dager_tutorial.server.decoder.explained import unexplained
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.mending import Mender
-from dager_tutorial.server.decoder.passage import Passage
-from dager_tutorial.server.decoder.paths import circular, shared
+from dager_tutorial.server.decoder.passage import Passage, Prefix
+from dager_tutorial.server.decoder.paths import Paths, Row, circular, shared
 from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
 from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.update import Update
@@ -80,6 +82,36 @@ def test_a_text_with_a_token_wrong_missing_or_too_many_is_mended(model: Language
     assert next(each.text for each in late.mended(damaged[:1])) not in texts
 
 
+@every("tiny_gpt2", "tiny_llama")
+def test_a_text_with_two_wrong_tokens_is_mended_wherever_they_stand(model: LanguageModel) -> None:
+    update, truth = play_locally(model, TEXTS, config=FOUR, training=TRAINING)
+    search, ranking = searching(model, update)
+    mender = Mender(ranking, search.last, search.candidates, search.budget, thorough=True)
+    texts = list(truth.sequences)
+    twice = [(*text[:1], *text[2:], text[0]) for text in texts]  # one is missing, and one is too many
+    assert [each.text for each in mender.mended([*texts, *twice])] == texts * 2
+
+
+class Deaf(LastBlock):
+    """A last block in which so much drifted that all texts fit alike."""
+
+    def misfits(self, texts: Sequence[Prefix]) -> list[float]:
+        """The same for all."""
+        return [0.1] * len(texts)
+
+
+@every("tiny_gpt2", "tiny_llama")
+def test_rows_mend_a_text_where_the_last_block_tells_nothing(model: LanguageModel) -> None:
+    update, truth = play_locally(model, TEXTS, config=FOUR, training=TRAINING)
+    search, ranking = searching(model, update)
+    deaf = Deaf(search.last.adapter, search.last.spans)
+    mender = Mender(ranking, deaf, search.candidates, search.budget, thorough=True)
+    texts = list(truth.sequences)
+    wrong = [(*text[:2], texts[index - 1][2], *text[3:]) for index, text in enumerate(texts)]
+    assert [each.text for each in mender.mended(texts)] == texts
+    assert [each.text for each in mender.mended(wrong)] == texts
+
+
 def test_what_was_mended_takes_the_place_of_the_text_that_it_was(tiny_llama: LanguageModel) -> None:
     update, truth = play_locally(tiny_llama, TEXTS, config=FOUR, training=TRAINING)
     search, ranking = searching(tiny_llama, update)
@@ -91,6 +123,31 @@ def test_what_was_mended_takes_the_place_of_the_text_that_it_was(tiny_llama: Lan
     search.mend(Mender(ranking, search.last, search.candidates, search.budget))
     assert search.told.count(text) == 1 and wrong not in search.texts
     assert set(search.told) <= set(truth.sequences)
+
+
+def _grown(paths: Paths, text: str, evidence: float) -> int:
+    """The last row of a text of letters, each with so much evidence."""
+    before = None
+    for place, letter in enumerate(text):
+        paths.rows.append(
+            Row(before, ord(letter), ord(text[0]), place, evidence, evidence * (place + 1), True, 0, False)
+        )
+        before = len(paths.rows) - 1
+    assert before is not None
+    return before
+
+
+@pytest.mark.parametrize("prompt", ["", "prompt:"])
+def test_a_text_put_together_from_others_has_no_rows_of_its_own(prompt: str) -> None:
+    paths = Paths()
+    letters = ("abcdefgh", "ijklmnop", "ajclengp", "xijklmno", "xyzuvwgh")
+    first, second, mixed, late, own = (_grown(paths, prompt + text, 5.0) for text in letters)
+    order = [first, second, mixed, late, own]
+    learned = unexplained(paths, order, rotary=False, prompted=len(prompt))
+    assert learned == [first, second, own]  # rows at the same places, or behind the same tokens
+    assert unexplained(paths, order, rotary=True, prompted=len(prompt)) == [first, second, mixed, own]
+    assert unexplained(paths, [mixed, first, second], rotary=False, prompted=len(prompt)) == [mixed, first, second]
+    assert unexplained(paths, [own], rotary=True, prompted=len(prompt), least=41.0) == []
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), max_size=6))

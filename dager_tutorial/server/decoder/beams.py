@@ -10,7 +10,6 @@ count for it.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decoder.explained import unexplained
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.mending import Mended, Mender
 from dager_tutorial.server.decoder.passage import Cache
@@ -143,9 +143,8 @@ class BeamSearch:
     def _grown(self, front: _Front, position: int, tokens: Int[Tensor, " candidates"]) -> _Front:
         """The front one token longer."""
         chance = self.ranking.chance(front.cache, position)
-        begun = torch.tensor(
-            [self.paths.rows[node].root for node in front.nodes], dtype=torch.long, device=tokens.device
-        )
+        roots = [self.paths.rows[node].root for node in front.nodes]
+        begun = torch.tensor(roots, dtype=torch.long, device=tokens.device)
         extended = self.ranking.promising(front.cache, begun, position, tokens, chance)
         misfits = self.ranking.misfits(extended)
         evidence = chance.evidence(misfits)
@@ -157,12 +156,13 @@ class BeamSearch:
             for each in zip(extended.places.tolist(), extended.tokens.tolist(), evidence.tolist(), strict=True)
         ]
         kept = self._kept(extended.places, evidence, made)
-        kept = [index for index in kept if made[index].weak <= constants().weak_rows]
-        kept = [index for index in kept if not self._known(made[index])]
+        kept = [index for index in kept if made[index].weak <= constants().weak_rows and not self._known(made[index])]
         nodes = range(len(self.paths.rows), len(self.paths.rows) + len(kept))
         self.paths.rows += [made[index] for index in kept]
-        ended = self._over(list(nodes)) if (position + 1) % constants().ends_every == 0 else set()
-        going = [(node, index) for node, index in zip(nodes, kept, strict=True) if node not in ended]
+        alive = set(nodes)
+        if (position + 1) % constants().ends_every == 0:
+            alive = self._own(alive - self._over(list(nodes)))
+        going = [(node, index) for node, index in zip(nodes, kept, strict=True) if node in alive]
         chosen = torch.tensor([index for _, index in going], dtype=torch.long, device=tokens.device)
         return _Front(tuple(node for node, _ in going), self.ranking.passage.grown(front.cache, extended.take(chosen)))
 
@@ -202,8 +202,8 @@ class BeamSearch:
         begins = made[0].parent is None
         needed = self._needed(len(made), 1.0 if begins else constants().false_alarms)
         beside = torch.ones_like(evidence, dtype=torch.bool) if begins else near_best(places, evidence)
-        rivals = (evidence >= needed) & beside
-        kept = {index for index in rivals.nonzero()[:, 0].tolist() if not made[index].doubtful}
+        rivals = ((evidence >= needed) & beside).nonzero()[:, 0].tolist()
+        kept = {index for index in rivals if not made[index].doubtful}
         order = sorted(beside.nonzero()[:, 0].tolist(), key=lambda index: -made[index].total)
         best: dict[int, float] = {}
         for index in order:
@@ -248,21 +248,28 @@ class BeamSearch:
         return chance_quantile(min(0.3, (constants().garbage if alarms is None else alarms) / tried))
 
     def _unexplained(self) -> list[int]:
-        """Last rows of the texts that have rows of their own, the best text first, by the last block where it tells."""
+        """Last rows of the texts that have rows of their own, the best text first."""
         self._over([leaf for leaf in self._leaves() if leaf not in self.ends])
-        leaves = {self._ended(index) for index in self._leaves()}
-        ends = sorted(leaves, key=lambda index: (self.ends.get(index, math.inf), -self.paths.rows[index].total))
-        explained: set[tuple[int | None, int]] = set()
-        chosen = []
-        for end in ends:
-            own = [self.paths.rows[step] for step in self.paths.path(end)]
-            pairs = list(zip([None, *(row.token for row in own)], own, strict=False))
-            gain = sum(row.evidence for before, row in pairs if (before, row.token) not in explained)
-            enough = constants().own_rows * self._needed(len(self.candidates.distinct()))
-            if gain >= max(enough, constants().own_share * self.paths.rows[end].total):
-                chosen.append(end)
-                explained |= {(before, row.token) for before, row in pairs}
-        return chosen
+        ends = {self._ended(index) for index in self._leaves()}
+        return self._with_own_rows(ends, constants().own_rows * self._needed(len(self.candidates.distinct())))
+
+    def _own(self, nodes: set[int]) -> set[int]:
+        """Those last rows of prefixes whose first token has one with rows of its own, beside those of better texts."""
+        best: dict[int, int] = {}
+        for node in sorted(nodes, key=self._worth):
+            best[self.paths.rows[node].root] = node
+        own = self._with_own_rows({*best.values(), *self.ends})
+        roots = {self.paths.rows[index].root for index in own}
+        return {node for node in nodes if self.paths.rows[node].root in roots}
+
+    def _with_own_rows(self, ends: set[int], least: float = 0.0) -> list[int]:
+        """Those of some last rows whose texts better ones do not explain, the best first."""
+        order, prompted = sorted(ends, key=self._worth, reverse=True), len(self.candidates.prompt)
+        return unexplained(self.paths, order, rotary=self.ranking.rotary, prompted=prompted, least=least)
+
+    def _worth(self, index: int) -> float:
+        """The evidence of a text, of which one that may have run on beyond its end is worth less."""
+        return self.paths.rows[index].total * (1.0 if index in self.ends else constants().unended)
 
     def _leaves(self) -> list[int]:
         """Rows behind which none stands out, and those at which texts end."""

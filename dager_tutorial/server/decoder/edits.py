@@ -3,15 +3,15 @@
 Chapter `12_federated`.
 
 A text's own rows say where it went wrong: behind the place its prefixes are not those of the batch. So it is edited
-where a row has far less evidence than those before it, or just there, and a neighbour is as likely as its rows fit
-better in the first blocks than the text's own, from the place on where they differ.
+where a row has far less evidence than those before it, or just there, and a neighbour is as likely as the next tokens'
+rows fit better in the first blocks than they do in the text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from heapq import nlargest
-from statistics import mean, median
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -28,15 +28,18 @@ class Nearby(NamedTuple):
     """What lies near a text.
 
     Attributes:
-        texts: Those that differ from it in one token behind its first, the likeliest ones.
+        gains: Texts that differ from it in one token behind its first, the likeliest ones, and how much more evidence
+            their rows have, in units of a usual row of the text.
         steady: Whether none of its rows has far less evidence than those before, so that it may hardly be wrong.
     """
 
-    texts: list[Prefix]
+    gains: dict[Prefix, float]
     steady: bool
 
 
-def nearby(ranking: Ranking, candidates: Candidates, texts: Sequence[Prefix], budget: Budget) -> list[Nearby]:
+def nearby(
+    ranking: Ranking, candidates: Candidates, texts: Sequence[Prefix], budget: Budget, *, everywhere: bool = False
+) -> list[Nearby]:
     """The likeliest neighbours of texts.
 
     Args:
@@ -44,16 +47,22 @@ def nearby(ranking: Ranking, candidates: Candidates, texts: Sequence[Prefix], bu
         candidates: Tokens that may stand at each position.
         texts: Token ids.
         budget: What it may cost.
+        everywhere: Whether a text may be wrong at places, too, where its rows do not fall; then there are more of them.
     """
-    walk = _Walk(ranking, candidates, texts, budget)
+    walk = _Walk(ranking, candidates, texts, budget, everywhere=everywhere)
     gains: list[dict[Prefix, float]] = [{} for _ in texts]
     for edit, gain in walk.gains():
         own, mine = texts[edit.text], gains[edit.text]
         other = edit.of(own)
         if other != own and len(other) <= ranking.passage.adapter.max_positions:
             mine[other] = max(gain, mine.get(other, gain))
-    best = (nlargest(constants().mended_tried, mine, key=mine.__getitem__) for mine in gains)
-    return [Nearby(others, walk.steady(index)) for index, others in enumerate(best)]
+    most = constants().mended_everywhere if everywhere else constants().mended_tried
+    found = []
+    for index, mine in enumerate(gains):
+        usual = max(walk.usual(index), 1.0)
+        best = nlargest(most, mine, key=mine.__getitem__)
+        found.append(Nearby({text: mine[text] / usual for text in best}, walk.steady(index)))
+    return found
 
 
 class _Edit(NamedTuple):
@@ -80,8 +89,17 @@ class _Edit(NamedTuple):
 class _Walk:
     """Texts on their way through the first blocks, all at once."""
 
-    def __init__(self, ranking: Ranking, candidates: Candidates, texts: Sequence[Prefix], budget: Budget) -> None:
+    def __init__(
+        self,
+        ranking: Ranking,
+        candidates: Candidates,
+        texts: Sequence[Prefix],
+        budget: Budget,
+        *,
+        everywhere: bool,
+    ) -> None:
         self.ranking, self.candidates, self.texts, self.budget = ranking, candidates, texts, budget
+        self.everywhere = everywhere
         self.longest = max(map(len, texts))
         self.cache, misfits = self._through(ranking.passage.empty(), texts, 0, self.longest)
         # Positions are alike behind the first, and what false rows do at one of them tells for all.
@@ -90,7 +108,7 @@ class _Walk:
         self.own = [self.chance.evidence(each).tolist() for each in misfits]
 
     def gains(self) -> Iterator[tuple[_Edit, float]]:
-        """How much more evidence each neighbour's rows have than the text's own, on average, while time is left."""
+        """How much more evidence the rows behind have in each neighbour than in the text itself, while time is left."""
         for place in range(max(1, len(self.candidates.prompt)), self.longest + 1):
             if self.budget.late:
                 return
@@ -101,7 +119,13 @@ class _Walk:
     def _doubtful(self, index: int, place: int) -> bool:
         """Whether a text may be wrong at a place: its row there, or the next one, falls, or another may stand there."""
         length = len(self.texts[index])
+        if self.everywhere:
+            return place <= length
         return place == length or any(self._falls(index, at) for at in range(place, min(place + 2, length)))
+
+    def usual(self, index: int) -> float:
+        """The evidence of a usual row of a text."""
+        return median(each[index] for each in self.own[: len(self.texts[index])])
 
     def steady(self, index: int) -> bool:
         """Whether no row of a text has far less evidence than those before."""
@@ -133,21 +157,31 @@ class _Walk:
         return [int(token) for token in mine.tokens[order[: constants().mended_tokens]]]
 
     def _gained(self, edits: list[_Edit], place: int) -> list[float]:
-        """The mean evidence of neighbours' rows from a place on, less that of the texts' own rows there."""
+        """How much more evidence the tokens behind an edit have in the neighbours than in the texts, summed.
+
+        Token by token: one put in may well have little evidence itself, and others have it where it stands. So it
+        counts only where it takes another's place, or comes last.
+        """
         if not edits:
             return []
-        others, end = [edit.of(self.texts[edit.text]) for edit in edits], self._end(place)
+        others = [edit.of(self.texts[edit.text]) for edit in edits]
+        end = min(place + 1 + constants().mended_behind, self.longest + 1)
         _, misfits = self._through(self._before([edit.text for edit in edits], place), others, place, end)
         found = [self.chance.evidence(each).tolist() for each in misfits]
         return [
-            _mean([each[index] for each in found[: len(other) - place]])
-            - _mean([each[edit.text] for each in self.own[place : min(end, len(self.texts[edit.text]))]])
+            self._gain(edit, [each[index] for each in found[: len(other) - place]])
             for index, (edit, other) in enumerate(zip(edits, others, strict=True))
         ]
 
-    def _end(self, place: int) -> int:
-        """The place up to which rows are compared."""
-        return min(place + 1 + constants().mended_behind, self.longest)
+    def _gain(self, edit: _Edit, rows: list[float]) -> float:
+        """What is gained where a neighbour has so much evidence from the place on."""
+        length, own = len(self.texts[edit.text]), [each[edit.text] for each in self.own]
+        added = edit.token is not None
+        old = own[edit.place + edit.skips : length]
+        gain = sum(after - before for after, before in zip(rows[added:], old, strict=False))
+        if added and edit.skips:
+            return gain + rows[0] - own[edit.place]
+        return gain + rows[0] if edit.place == length else gain
 
     def _before(self, here: Sequence[int], place: int) -> Cache:
         """Keys and values of the prefixes of some texts up to a place."""
@@ -169,8 +203,3 @@ class _Walk:
             misfits.append(self.ranking.misfits(rows))
             cache = passage.grown(cache, rows)
         return cache, misfits
-
-
-def _mean(evidence: list[float]) -> float:
-    """The mean; 0 of none."""
-    return mean(evidence) if evidence else 0.0

@@ -10,15 +10,15 @@ whole network, so it is asked of the likeliest neighbours only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.decoder.edits import nearby
+from dager_tutorial.server.decoder.edits import Nearby, nearby
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.passage import Prefix
 from dager_tutorial.server.decoder.ranking import Ranking
@@ -40,6 +40,39 @@ class Mended(NamedTuple):
     told: bool
 
 
+@dataclass(eq=False)
+class _Climb:
+    """A text on its way.
+
+    Attributes:
+        text: Token ids.
+        misfit: As of `Mended`.
+        steady: Whether none of its rows has far less evidence than those before; not known before the first step.
+        seen: What it was before.
+    """
+
+    text: Prefix
+    misfit: float
+    steady: bool = False
+    seen: set[Prefix] = field(default_factory=set)
+
+    def next(self, near: Nearby, misfits: Mapping[Prefix, float]) -> tuple[Prefix, float]:
+        """The neighbour that fits better, and how badly it does; the text itself where there is none.
+
+        Where much drifted the last block hardly tells one token from another. There a neighbour is better, too, that
+        fits about as well and gives the rows of the first blocks far more evidence.
+        """
+        new = [text for text in misfits if text not in self.seen]
+        least = min(new, key=misfits.__getitem__, default=self.text)
+        if misfits.get(least, math.inf) < self.misfit - constants().mended:
+            return least, misfits[least]
+        alike = [text for text in new if misfits[text] < self.misfit + constants().mended]
+        likely = max(alike, key=near.gains.__getitem__, default=self.text)
+        if near.gains.get(likely, 0.0) > constants().mended_rows:
+            return likely, misfits[likely]
+        return self.text, self.misfit
+
+
 @dataclass(frozen=True)
 class Mender:
     """Mends texts.
@@ -49,12 +82,14 @@ class Mender:
         last: Tells how well whole texts fit.
         candidates: Tokens that may stand at each position.
         budget: What it may cost.
+        thorough: Whether texts may be wrong at any place, too, not only where a row falls.
     """
 
     ranking: Ranking
     last: LastBlock
     candidates: Candidates
     budget: Budget
+    thorough: bool = False
 
     @torch.no_grad()
     def mended(self, texts: Sequence[Prefix]) -> list[Mended]:
@@ -81,22 +116,32 @@ class Mender:
 
     def _climbed(self, texts: list[Prefix]) -> list[Mended]:
         """Where texts come to, one token a step, each step to the neighbour that fits best."""
-        best, misfits, steady = list(texts), self.last.misfits(texts), set[int]()
-        going = list(range(len(texts)))
+        climbs = [_Climb(text, misfit) for text, misfit in zip(texts, self.last.misfits(texts), strict=True)]
+        going = climbs
         while going and not self.budget.late:
-            near = nearby(self.ranking, self.candidates, [best[index] for index in going], self.budget)
-            found = iter(self.last.misfits([text for each in near for text in each.texts]))
-            gained = []
-            for index, each in zip(going, near, strict=True):
-                misfit, text = min(((next(found), text) for text in each.texts), default=(math.inf, ()))
-                if misfit < misfits[index] - constants().mended:
-                    best[index], misfits[index] = text, misfit
-                    gained.append(index)
-                elif each.steady:
-                    steady.add(index)
+            gained = self._stepped(going, everywhere=False)
+            if self.thorough:
+                gained += self._stepped([each for each in going if each not in gained], everywhere=True)
             going = gained
-        told = [
-            misfit <= constants().end_misfit or (index in steady and self.last.singles_out(text))
-            for index, (text, misfit) in enumerate(zip(best, misfits, strict=True))
-        ]
-        return [Mended(*each) for each in zip(best, misfits, told, strict=True)]
+        return [Mended(each.text, each.misfit, told=self._told(each)) for each in climbs]
+
+    def _stepped(self, climbs: list[_Climb], *, everywhere: bool) -> list[_Climb]:
+        """Those of some climbs that have a neighbour which fits better, after the step to it."""
+        if not climbs or self.budget.late:
+            return []
+        texts = [each.text for each in climbs]
+        near = nearby(self.ranking, self.candidates, texts, self.budget, everywhere=everywhere)
+        found = iter(self.last.misfits([text for each in near for text in each.gains]))
+        gained = []
+        for climb, each in zip(climbs, near, strict=True):
+            climb.steady = each.steady
+            text, misfit = climb.next(each, {text: next(found) for text in each.gains})
+            if text != climb.text:
+                climb.seen.add(climb.text)
+                climb.text, climb.misfit = text, misfit
+                gained.append(climb)
+        return gained
+
+    def _told(self, climb: _Climb) -> bool:
+        """Whether a text is told to be whole."""
+        return climb.misfit <= constants().end_misfit or (climb.steady and self.last.singles_out(climb.text))
