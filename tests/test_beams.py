@@ -147,6 +147,9 @@ def test_a_text_put_together_from_others_has_no_rows_of_its_own(prompt: str) -> 
     assert learned == [first, second, own]  # rows at the same places, or behind the same tokens
     assert unexplained(paths, order, rotary=True, prompted=len(prompt)) == [first, second, mixed, own]
     assert unexplained(paths, [mixed, first, second], rotary=False, prompted=len(prompt)) == [mixed, first, second]
+    weak = _grown(paths, prompt + "abcdmnop", 2.0)
+    early = [first, mixed, second, weak]
+    assert unexplained(paths, early, rotary=False, prompted=len(prompt), clearly=2.0) == [first, mixed, second]
     assert unexplained(paths, [own], rotary=True, prompted=len(prompt), least=41.0) == []
 
 

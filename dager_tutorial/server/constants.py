@@ -161,6 +161,7 @@ class Constants:
     weak_rows: int = _constant(2, "more rows that do not stand out than do before a beam is given up", "chosen")
     alike: int = _constant(4, "last tokens by which a prefix is known as a copy of a better one", "chosen")
     ending: float = _constant(0.4, "share of a text's usual evidence below which its last rows are none", "chosen")
+    far_better: float = _constant(1.8, "times a text's evidence that one has which rules it out early", "measured: 2.5")
     unended: float = _constant(0.5, "what the evidence of a text counts whose end was not seen", "chosen")
     end_misfit: float = _constant(0.8, "most by which, as a logarithm, an end misfits", "measured: .64, else 1")
     end_margin: float = _constant(0.23, "by how much, as a logarithm, others fit worse", "measured: true above .27")

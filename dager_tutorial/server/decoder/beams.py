@@ -251,21 +251,21 @@ class BeamSearch:
         """Last rows of the texts that have rows of their own, the best text first."""
         self._over([leaf for leaf in self._leaves() if leaf not in self.ends])
         ends = {self._ended(index) for index in self._leaves()}
-        return self._with_own_rows(ends, constants().own_rows * self._needed(len(self.candidates.distinct())))
+        return self._with_own_rows(ends, least=constants().own_rows * self._needed(len(self.candidates.distinct())))
 
     def _own(self, nodes: set[int]) -> set[int]:
-        """Those last rows of prefixes whose first token has one with rows of its own, beside those of better texts."""
+        """Those of some last rows whose first token has one with rows of its own, beside those of far better texts."""
         best: dict[int, int] = {}
         for node in sorted(nodes, key=self._worth):
             best[self.paths.rows[node].root] = node
-        own = self._with_own_rows({*best.values(), *self.ends})
+        own = self._with_own_rows({*best.values(), *self.ends}, clearly=constants().far_better)
         roots = {self.paths.rows[index].root for index in own}
         return {node for node in nodes if self.paths.rows[node].root in roots}
 
-    def _with_own_rows(self, ends: set[int], least: float = 0.0) -> list[int]:
+    def _with_own_rows(self, ends: set[int], **needed: float) -> list[int]:
         """Those of some last rows whose texts better ones do not explain, the best first."""
         order, prompted = sorted(ends, key=self._worth, reverse=True), len(self.candidates.prompt)
-        return unexplained(self.paths, order, rotary=self.ranking.rotary, prompted=prompted, least=least)
+        return unexplained(self.paths, order, rotary=self.ranking.rotary, prompted=prompted, **needed)
 
     def _worth(self, index: int) -> float:
         """The evidence of a text, of which one that may have run on beyond its end is worth less."""

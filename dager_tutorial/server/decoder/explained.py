@@ -10,12 +10,17 @@ tokens, and those that are left have a share of their evidence from rows that no
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain, compress
+from math import inf
+from statistics import fmean
 
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.paths import Paths, Row
 
 
-def unexplained(paths: Paths, ends: Iterable[int], *, rotary: bool, prompted: int, least: float = 0.0) -> list[int]:
+def unexplained(
+    paths: Paths, ends: Iterable[int], *, rotary: bool, prompted: int, clearly: float = 0.0, least: float = 0.0
+) -> list[int]:
     """Last rows of the texts that have rows of their own.
 
     Args:
@@ -23,18 +28,21 @@ def unexplained(paths: Paths, ends: Iterable[int], *, rotary: bool, prompted: in
         ends: Last rows of texts, the best text first.
         rotary: Whether positions enter in the attention only, so that a row tells nothing of its place.
         prompted: How many tokens all texts begin with, which tell for none.
+        clearly: How many times a text's evidence a row must have to explain one of it.
         least: The evidence that a text's own rows need at least.
     """
-    explained = set[tuple[str, int | None, int]]()
+    explained: dict[tuple[str, int | None, int], float] = {}
     chosen = []
     for end in ends:
         path = [paths.rows[step] for step in paths.path(end)]
         marks = [_marks(before, row, rotary) for before, row in zip([None, *path], path, strict=False)][prompted:]
-        own = path[prompted:]
-        gain = sum(row.evidence for row, each in zip(own, marks, strict=True) if not each & explained)
-        if gain >= max(least, constants().own_share * sum(row.evidence for row in own)):
+        evidence = [row.evidence for row in path[prompted:]]
+        rival = clearly * fmean(evidence)
+        own = [all(explained.get(mark, -inf) < rival for mark in each) for each in marks]
+        if sum(compress(evidence, own)) >= max(least, constants().own_share * sum(evidence)):
             chosen.append(end)
-            explained.update(*marks)
+            for mark in chain(*marks):
+                explained[mark] = max(fmean(evidence), explained.get(mark, -inf))
     return chosen
 
 
