@@ -163,7 +163,8 @@ def test_the_longest_beginning_that_any_two_texts_share(texts: list[tuple[int, .
 @pytest.mark.parametrize(
     ("text", "turns"),
     [("abcdabc", False), ("abcdabcd", True), ("aaaa", False), ("aaaaa", True), ("abcabc", False), ("abcabca", True),
-     ("abcdefabcde", False), ("abcdefabcdef", True), ("xabcdefabcdefy", False)],
+     ("abcdefabcde", False), ("abcdefabcdef", True), ("xabcdefabcdefy", False), ("abbabaabbbabaaba", False),
+     ("abbabaabbbabaabab", True), ("abcdefgh" + "badcfehg", False)],
 )  # fmt: skip
 def test_only_what_repeats_as_a_whole_goes_round_in_a_circle(text: str, *, turns: bool) -> None:
     assert constants().alike == 4

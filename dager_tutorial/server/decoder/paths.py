@@ -9,6 +9,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from dager_tutorial.server.constants import constants
 
@@ -119,6 +120,8 @@ class Paths:
 def circular(text: Sequence[int]) -> bool:
     """Whether a text ends with the same tokens twice, one behind the other; with few of them, as often as they fit.
 
+    Or with few tokens again and again in whatever order: of its last pairs of neighbours half are different at most.
+
     Args:
         text: Token ids.
     """
@@ -126,7 +129,8 @@ def circular(text: Sequence[int]) -> bool:
         length = max(constants().alike, period)
         if len(text) >= length + period and text[-length:] == text[-length - period : -period]:
             return True
-    return False
+    pairs = list(pairwise(text))[-4 * constants().alike :]
+    return len(pairs) == 4 * constants().alike and len(set(pairs)) <= 2 * constants().alike
 
 
 def shared(texts: Sequence[tuple[int, ...]]) -> int:
