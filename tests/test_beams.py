@@ -153,6 +153,13 @@ def test_a_text_put_together_from_others_has_no_rows_of_its_own(prompt: str) -> 
     assert unexplained(paths, [own], rotary=True, prompted=len(prompt), least=41.0) == []
 
 
+def test_on_its_way_through_the_prompt_a_text_is_not_given_up() -> None:
+    paths = Paths()
+    begun = _grown(paths, "pro", 5.0)
+    assert unexplained(paths, [begun], rotary=False, prompted=7, clearly=2.0) == [begun]
+    assert unexplained(paths, [begun], rotary=False, prompted=7, least=1.0) == []  # nor is it one that was found
+
+
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), max_size=6))
 def test_the_longest_beginning_that_any_two_texts_share(texts: list[tuple[int, ...]]) -> None:
     pairs = itertools.combinations(set(texts), 2)

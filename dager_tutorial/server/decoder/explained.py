@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain, compress
 from math import inf
-from statistics import fmean
 
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.paths import Paths, Row
@@ -37,12 +36,12 @@ def unexplained(
         path = [paths.rows[step] for step in paths.path(end)]
         marks = [_marks(before, row, rotary) for before, row in zip([None, *path], path, strict=False)][prompted:]
         evidence = [row.evidence for row in path[prompted:]]
-        rival = clearly * fmean(evidence)
-        own = [all(explained.get(mark, -inf) < rival for mark in each) for each in marks]
+        level = sum(evidence) / max(1, len(evidence))  # a prefix of the prompt has no rows yet
+        own = [all(explained.get(mark, -inf) < clearly * level for mark in each) for each in marks]
         if sum(compress(evidence, own)) >= max(least, constants().own_share * sum(evidence)):
             chosen.append(end)
             for mark in chain(*marks):
-                explained[mark] = max(fmean(evidence), explained.get(mark, -inf))
+                explained[mark] = max(level, explained.get(mark, -inf))
     return chosen
 
 
