@@ -255,9 +255,7 @@ class BeamSearch:
 
     def _own(self, nodes: set[int]) -> set[int]:
         """Those of some last rows whose first token has one with rows of its own, beside those of far better texts."""
-        best: dict[int, int] = {}
-        for node in sorted(nodes, key=self._worth):
-            best[self.paths.rows[node].root] = node
+        best = {self.paths.rows[node].root: node for node in sorted(nodes, key=self._worth)}
         own = self._with_own_rows({*best.values(), *self.ends}, clearly=constants().far_better)
         roots = {self.paths.rows[index].root for index in own}
         return {node for node in nodes if self.paths.rows[node].root in roots}

@@ -38,7 +38,7 @@ class Nearby(NamedTuple):
 
 
 def nearby(
-    ranking: Ranking, candidates: Candidates, texts: Sequence[Prefix], budget: Budget, *, everywhere: bool = False
+    ranking: Ranking, candidates: Candidates, texts: Sequence[Prefix], budget: Budget, *, everywhere: bool
 ) -> list[Nearby]:
     """The likeliest neighbours of texts.
 
@@ -105,7 +105,8 @@ class _Walk:
         # Positions are alike behind the first, and what false rows do at one of them tells for all.
         middle = (self.longest + 1) // 2
         self.chance = ranking.chance(self._before(range(len(texts)), middle), middle)
-        self.own = [self.chance.evidence(each).tolist() for each in misfits]
+        evidence = [self.chance.evidence(each).tolist() for each in misfits]
+        self.own = [[each[index] for each in evidence[: len(text)]] for index, text in enumerate(texts)]
 
     def gains(self) -> Iterator[tuple[_Edit, float]]:
         """How much more evidence the rows behind have in each neighbour than in the text itself, while time is left."""
@@ -125,7 +126,7 @@ class _Walk:
 
     def usual(self, index: int) -> float:
         """The evidence of a usual row of a text."""
-        return median(each[index] for each in self.own[: len(self.texts[index])])
+        return median(self.own[index])
 
     def steady(self, index: int) -> bool:
         """Whether no row of a text has far less evidence than those before."""
@@ -133,8 +134,9 @@ class _Walk:
 
     def _falls(self, index: int, place: int) -> bool:
         """Whether a text's row at a place has far less evidence than those just before."""
-        before = self.own[max(1, place - constants().mended_before) : place] or self.own[:1]
-        return self.own[place][index] < constants().mended_places * median(each[index] for each in before)
+        own = self.own[index]
+        before = own[max(1, place - constants().mended_before) : place] or own[:1]
+        return own[place] < constants().mended_places * median(before)
 
     def _proposed(self, here: list[int], place: int) -> Iterator[_Edit]:
         """Edits at a place of some texts, with the tokens that fit best there."""
@@ -175,13 +177,12 @@ class _Walk:
 
     def _gain(self, edit: _Edit, rows: list[float]) -> float:
         """What is gained where a neighbour has so much evidence from the place on."""
-        length, own = len(self.texts[edit.text]), [each[edit.text] for each in self.own]
-        added = edit.token is not None
-        old = own[edit.place + edit.skips : length]
+        own, added = self.own[edit.text], edit.token is not None
+        old = own[edit.place + edit.skips :]
         gain = sum(after - before for after, before in zip(rows[added:], old, strict=False))
         if added and edit.skips:
             return gain + rows[0] - own[edit.place]
-        return gain + rows[0] if edit.place == length else gain
+        return gain + rows[0] if edit.place == len(own) else gain
 
     def _before(self, here: Sequence[int], place: int) -> Cache:
         """Keys and values of the prefixes of some texts up to a place."""

@@ -78,7 +78,7 @@ class Mender:
     """Mends texts.
 
     Attributes:
-        ranking: Weighs extensions by the first block.
+        ranking: Weighs extensions by the first blocks.
         last: Tells how well whole texts fit.
         candidates: Tokens that may stand at each position.
         budget: What it may cost.

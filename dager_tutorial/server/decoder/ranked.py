@@ -42,12 +42,12 @@ def by_rank(
     search = BeamSearch(candidates, block, budget)
     near = _ranking(evidence, search, blocks=1)
     with evidence.watch.stage("search"):
-        told = near is not None and _searched(search, near, Mender(near, block, candidates, budget))
+        told = near is not None and _searched(search, Mender(near, block, candidates, budget))
         if not told and deepest > 1 and not budget.late:
             search.candidates = left_over(evidence, adapter, search.told, candidates)
             deep = _ranking(evidence, search, deepest)
             if deep is not None:
-                _searched(search, deep, Mender(deep, block, candidates, budget, thorough=True))
+                _searched(search, Mender(deep, block, candidates, budget, thorough=True))
         tree = search.tree
         texts = whole_texts(adapter, tree, clear, neighbours=neighbours)
     likely = likeliest(Found(tree, texts, {}, clear))
@@ -63,9 +63,9 @@ def _last_block(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> 
     return LastBlock(adapter, {tap: span for tap, span in spans.items() if span.rank and not span.saturated})
 
 
-def _searched(search: BeamSearch, ranking: Ranking, mender: Mender) -> bool:
-    """Search and mend what came of it; whether the last block tells where each of the texts ends."""
-    search.run(ranking)
+def _searched(search: BeamSearch, mender: Mender) -> bool:
+    """Search, and mend by the same ranking; whether the last block tells where each of the texts ends."""
+    search.run(mender.ranking)
     return search.mend(mender)
 
 
