@@ -65,11 +65,15 @@ def test_it_is_told_how_much_of_a_prompt_is_there(model: LanguageModel) -> None:
     assert explained(evidence, taps, ids) == len(ids)
 
 
-def test_a_prompt_is_known_beside_weights_that_moved(tiny_gpt2: LanguageModel) -> None:
-    texts = [f"{PROMPT} {rest}" for rest in ("river was cold", "house by the sea", "money at dinner", "children story")]
+@pytest.mark.parametrize("prompt", [PROMPT, f"{PROMPT} and say why you would or would not go there"])
+@pytest.mark.parametrize("training", [LocalTraining(3, 2, 1e-3), LocalTraining(10, 2, 1e-2)], ids=["gap", "ranked"])
+def test_a_prompt_is_known_beside_weights_that_moved(
+    prompt: str, training: LocalTraining, tiny_gpt2: LanguageModel
+) -> None:
+    texts = [f"{prompt} {rest}" for rest in ("river was cold", "house by the sea", "money at dinner", "children story")]
     client = ClientConfig(head_std=0.02)
-    update, told = play_locally(tiny_gpt2, texts, config=client, training=LocalTraining(3, 2, 1e-3))
-    found = attack(tiny_gpt2, update, config=said(PROMPT))
+    update, told = play_locally(tiny_gpt2, texts, config=client, training=training)
+    found = attack(tiny_gpt2, update, config=said(prompt))
     assert set(told.sequences) == set(found.sequences), found.diagnosis
 
 
