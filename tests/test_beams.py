@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from helpers import every
@@ -25,6 +26,7 @@ from dager_tutorial.server.decoder.mending import Mender
 from dager_tutorial.server.decoder.passage import Passage, Prefix
 from dager_tutorial.server.decoder.paths import Paths, Row, circular, shared
 from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
+from dager_tutorial.server.decoder.rivals import going_on
 from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.update import Update
 
@@ -130,7 +132,7 @@ def _grown(paths: Paths, text: str, evidence: float) -> int:
     before = None
     for place, letter in enumerate(text):
         paths.rows.append(
-            Row(before, ord(letter), ord(text[0]), place, evidence, evidence * (place + 1), True, 0, False)
+            Row(before, ord(letter), (ord(text[0]),), place, evidence, evidence * (place + 1), True, 0, False)
         )
         before = len(paths.rows) - 1
     assert before is not None
@@ -160,6 +162,19 @@ def test_on_its_way_through_the_prompt_a_text_is_not_given_up() -> None:
     assert unexplained(paths, [begun], rotary=False, prompted=7, least=1.0) == []  # nor is it one that was found
 
 
+def test_a_beginning_keeps_what_is_hardly_behind_its_best() -> None:
+    paths = Paths()
+    ends = [_grown(paths, text, evidence) for text, evidence in (("abcdef", 9.0), ("abxyzw", 2.0), ("abcdeg", 8.5))]
+    leaves = [paths.rows[end] for end in ends]
+    made = [replace(row, root=paths.tokens(end)[:4]) for row, end in zip(leaves, ends, strict=True)]
+    near = replace(made[0], token=ord("h"), total=made[0].total - 0.5 * 9)
+    far = replace(made[0], token=ord("i"), total=made[0].total - 0.7 * 9)
+    made += [near, far]
+    order = sorted(range(len(made)), key=lambda index: -made[index].total)
+    assert constants().behind == 0.6
+    assert going_on(paths, made, order, set()) == [0, 2, 3, 1]  # the weak text's beginning is another
+
+
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), max_size=6))
 def test_the_longest_beginning_that_any_two_texts_share(texts: list[tuple[int, ...]]) -> None:
     pairs = itertools.combinations(set(texts), 2)
@@ -171,7 +186,9 @@ def test_the_longest_beginning_that_any_two_texts_share(texts: list[tuple[int, .
     ("text", "turns"),
     [("abcdabc", False), ("abcdabcd", True), ("aaaa", False), ("aaaaa", True), ("abcabc", False), ("abcabca", True),
      ("abcdefabcde", False), ("abcdefabcdef", True), ("xabcdefabcdefy", False), ("abbabaabbbabaaba", False),
-     ("abbabaabbbabaabab", True), ("abcdefgh" + "badcfehg", False)],
+     ("abbabaabbbabaabab", True), ("abcdefgh" + "badcfehg", False),
+     ("abcdefghijklmnop" + "cdefgh" + "bcdef" + "jklmno", True),
+     ("abcdefghijklmnop" + "cde" + "bcd" + "jkl" + "ef" + "abc" + "nop", False)],
 )  # fmt: skip
 def test_only_what_repeats_as_a_whole_goes_round_in_a_circle(text: str, *, turns: bool) -> None:
     assert constants().alike == 4

@@ -1,17 +1,16 @@
-"""Where no gap stands below the signal: a beam for each first token, and texts that others explain taken out.
+"""Where no gap stands below the signal: a beam for each beginning, and texts that others explain taken out.
 
 Chapter `12_federated`.
 
-A beam over all prefixes collapses to the copies of one strong text. So every first token keeps its best prefixes, by
-the evidence along them, whatever others have, until the last block shows that its text has ended; and of the texts
-that come out, one that differs from a better one in a few tokens is explained by it: only rows that no better text has
+A beam over all prefixes collapses to the copies of one strong text. So every beginning keeps its best prefixes, by the
+evidence along them, whatever others have, until the last block shows that its text has ended; and of the texts that
+come out, one that differs from a better one in a few tokens is explained by it: only rows that no better text has
 count for it.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,8 +23,9 @@ from dager_tutorial.server.decoder.explained import unexplained
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.mending import Mended, Mender
 from dager_tutorial.server.decoder.passage import Cache
-from dager_tutorial.server.decoder.paths import Paths, Row, circular, shared
+from dager_tutorial.server.decoder.paths import Paths, Row, shared
 from dager_tutorial.server.decoder.ranking import Ranking, near_best
+from dager_tutorial.server.decoder.rivals import going_on
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.odds import chance_quantile
 from dager_tutorial.server.token_filter import Candidates
@@ -46,7 +46,7 @@ class _Front:
 
 @dataclass
 class BeamSearch:
-    """Grows the beams of all first tokens together.
+    """Grows the beams of all beginnings together.
 
     Attributes:
         candidates: Tokens that may stand at each position.
@@ -143,7 +143,7 @@ class BeamSearch:
     def _grown(self, front: _Front, position: int, tokens: Int[Tensor, " candidates"]) -> _Front:
         """The front one token longer."""
         chance = self.ranking.chance(front.cache, position)
-        roots = [self.paths.rows[node].root for node in front.nodes]
+        roots = [self.paths.rows[node].root[0] for node in front.nodes]
         begun = torch.tensor(roots, dtype=torch.long, device=tokens.device)
         extended = self.ranking.promising(front.cache, begun, position, tokens, chance)
         misfits = self.ranking.misfits(extended)
@@ -188,59 +188,32 @@ class BeamSearch:
     def _row(self, front: _Front, position: int, tried: int, place: int, token: int, evidence: float) -> Row:
         """The row of an extension."""
         if not front.nodes:
-            return Row(None, token, token, position, evidence, evidence, strong=True, weak=0, doubtful=False)
+            return Row(None, token, (token,), position, evidence, evidence, strong=True, weak=0, doubtful=False)
         before, prompted = self.paths.rows[front.nodes[place]], len(self.candidates.prompt)
         needed = max(self._needed(tried), constants().ending * self.paths.usual(front.nodes[place]))
         strong = position < prompted or evidence >= needed
         weak, doubtful = max(0, before.weak - 1) if strong else before.weak + 1, not strong or before.doubtful
-        root = token if position == prompted else before.root  # a prompt is the first token of all
+        root = before.root if position > prompted else (token,)  # a prompt is not the text's own
+        if position == prompted + constants().beginning:
+            root = self.paths.tokens(front.nodes[place])[prompted:]
         total = before.total + evidence
         return Row(front.nodes[place], token, root, position, evidence, total, strong, weak, doubtful)
 
     def _kept(self, places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"], made: list[Row]) -> list[int]:
-        """Rows of prefixes that stood out throughout and rival their siblings, and the best of each first token."""
+        """Indices of the rows that go on."""
         begins = made[0].parent is None
         needed = self._needed(len(made), 1.0 if begins else constants().false_alarms)
         beside = torch.ones_like(evidence, dtype=torch.bool) if begins else near_best(places, evidence)
         rivals = ((evidence >= needed) & beside).nonzero()[:, 0].tolist()
         kept = {index for index in rivals if not made[index].doubtful}
         order = sorted(beside.nonzero()[:, 0].tolist(), key=lambda index: -made[index].total)
-        best: dict[int, float] = {}
+        best: dict[tuple[int, ...], float] = {}
         for index in order:
             best.setdefault(made[index].root, made[index].total)
         self.usually = max(self.usually, statistics.median(best.values()) / (made[0].position + 1))
         least = constants().beside_others * self.usually * (made[0].position + 1)
-        chosen, counts = [], Counter[int]()
-        for index in self._unlike([index for index in order if begins or made[index].total >= least], made):
-            # A first token none of whose prefixes stands out keeps its best: the row may be weak, not the text false.
-            most = constants().widest_beam if index in kept else 0 if begins else constants().beam
-            if counts[made[index].root] < most:
-                counts[made[index].root] += 1
-                chosen.append(index)
-        return chosen[: constants().widest]
-
-    def _unlike(self, order: list[int], made: list[Row]) -> list[int]:
-        """Of rows in their order those that end in a way of their own, and the best of every first token.
-
-        One that ends like a better one of its first token is a copy with a wrong token further back, one that ends like
-        that of another text is that text's rows behind its own end; one that ends like itself before goes round in a
-        circle, whose rows are alike at every turn.
-        """
-        best: dict[tuple[int, ...], int] = {}
-        first: dict[int, int] = {}
-        alike = constants().alike
-        for index in order:
-            row = made[index]
-            text = self.paths.text(row)
-            end = text[-alike:]
-            if circular(text):
-                continue
-            first.setdefault(row.root, index)
-            rival = best.setdefault(end if len(text) >= alike else text, index)
-            if made[rival].root != row.root and self.paths.recent(made[rival]) < self.paths.recent(row):
-                best[end] = index
-        unlike = {*best.values(), *first.values()}
-        return [index for index in order if index in unlike]
+        order = [index for index in order if begins or made[index].total >= least]
+        return going_on(self.paths, made, order, kept)[: constants().widest]
 
     @staticmethod
     def _needed(tried: int, alarms: float | None = None) -> float:
@@ -254,7 +227,7 @@ class BeamSearch:
         return self._with_own_rows(ends, least=constants().own_rows * self._needed(len(self.candidates.distinct())))
 
     def _own(self, nodes: set[int]) -> set[int]:
-        """Those of some last rows whose first token has one with rows of its own, beside those of far better texts."""
+        """Those of some last rows whose beginning has one with rows of its own, beside those of far better texts."""
         best = {self.paths.rows[node].root: node for node in sorted(nodes, key=self._worth)}
         own = self._with_own_rows({*best.values(), *self.ends}, clearly=constants().far_better)
         roots = {self.paths.rows[index].root for index in own}

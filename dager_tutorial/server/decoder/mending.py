@@ -82,7 +82,7 @@ class Mender:
         last: Tells how well whole texts fit.
         candidates: Tokens that may stand at each position.
         budget: What it may cost.
-        thorough: Whether texts may be wrong at any place, too, not only where a row falls.
+        thorough: Whether texts that are not told to be whole may be wrong at any place, not only where a row falls.
     """
 
     ranking: Ranking
@@ -121,7 +121,8 @@ class Mender:
         while going and not self.budget.late:
             gained = self._stepped(going, everywhere=False)
             if self.thorough:
-                gained += self._stepped([each for each in going if each not in gained], everywhere=True)
+                doubtful = [each for each in going if each not in gained and not self._told(each)]
+                gained += self._stepped(doubtful, everywhere=True)
             going = gained
         return [Mended(each.text, each.misfit, told=self._told(each)) for each in climbs]
 

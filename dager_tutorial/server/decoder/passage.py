@@ -164,9 +164,8 @@ class Passage:
 
     def shares(self, extension: Extension, cache: Cache, place: int) -> Float[Tensor, "candidates heads keys"]:
         """Block 0's attention weights of all candidates behind one prefix, the own key last."""
-        scaling = self.adapter.scaling(0)
-        before = scores(extension.query, cache.keys[0][place, self.seen(0, extension.position)], scaling)
-        return weights(torch.cat([before, scores(extension.query, extension.key[:, None], scaling)], -1))
+        keys = cache.keys[0][place, self.seen(0, extension.position)]
+        return _shares_beside(extension.query, keys, extension.key, self.adapter.scaling(0))
 
     def begin(
         self,
@@ -186,7 +185,7 @@ class Passage:
             choice: int64, which of the candidates.
         """
         past = cache.values[0][place, self.seen(0, extension.position)]
-        attended = mix(shares[choice, :, :-1], past) + mix(shares[choice, :, -1:], extension.value[choice, None])
+        attended = _mixed_beside(shares[choice], past, extension.value[choice])
         places = torch.full_like(choice, place)
         rows = Rows(places, extension.tokens[choice], extension.position, extension.hidden[choice])
         return self._attended(rows, 0, extension.key[choice], extension.value[choice], attended)
@@ -223,10 +222,24 @@ class Passage:
         """Extensions behind a block's attention."""
         adapter = self.adapter
         query, key, value = adapter.project(block, adapter.attention_input(block, rows.hidden), rows.position)
-        seen = self.seen(block, rows.position)
-        keys = torch.cat([cache.keys[block][:, seen][rows.places], key[:, None]], 1)
-        values = torch.cat([cache.values[block][:, seen][rows.places], value[:, None]], 1)
-        return self._attended(rows, block, key, value, attend(query, keys, values, adapter.scaling(block)))
+        attended = self._mixed(rows, block, cache, query, key, value)
+        return self._attended(rows, block, key, value, attended)
+
+    def _mixed(self, rows: Rows, block: int, cache: Cache, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What attention gives. Where prefixes have many extensions each, none is copied for every one of them."""
+        scaling, seen = self.adapter.scaling(block), self.seen(block, rows.position)
+        keys, values = cache.keys[block][:, seen], cache.values[block][:, seen]
+        places, counts = rows.places.unique_consecutive(return_counts=True)
+        if 4 * len(places) > len(rows.places):
+            keys = torch.cat([keys[rows.places], key[:, None]], 1)
+            return attend(query, keys, torch.cat([values[rows.places], value[:, None]], 1), scaling)
+        parts = zip(places, *(part.split(counts.tolist()) for part in (query, key, value)), strict=True)
+        return torch.cat(
+            [
+                _mixed_beside(_shares_beside(some, keys[place], own, scaling), values[place], known)
+                for place, some, own, known in parts
+            ]
+        )
 
     def _attended(self, rows: Rows, block: int, key: Tensor, value: Tensor, attended: Tensor) -> Rows:
         adapter = self.adapter
@@ -270,3 +283,13 @@ class Passage:
             return tuple(torch.cat([old[rows.places], each[:, None]], 1) for old, each in zip(past, new, strict=True))
 
         return Cache(longer(cache.keys, rows.keys), longer(cache.values, rows.values))
+
+
+def _shares_beside(query: Tensor, keys: Tensor, own: Tensor, scaling: float) -> Float[Tensor, "rows heads keys"]:
+    """Attention weights of queries behind one prefix, each of which sees a key of its own, too: that one last."""
+    return weights(torch.cat([scores(query, keys, scaling), scores(query, own[:, None], scaling)], -1))
+
+
+def _mixed_beside(shares: Tensor, values: Tensor, own: Tensor) -> Float[Tensor, "rows inputs"]:
+    """What enters the attention's output map by such weights."""
+    return mix(shares[..., :-1], values) + mix(shares[..., -1:], own[:, None])

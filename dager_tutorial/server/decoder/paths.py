@@ -21,7 +21,7 @@ class Row:
     Attributes:
         parent: Index of the row before, or None.
         token: Its id.
-        root: The text's first token, behind its prompt.
+        root: The text's first tokens, behind its prompt: those of its own by which beams are told apart.
         position: Where it stands.
         evidence: By how many deviations it fits better than false ones.
         total: The same, summed along the prefix.
@@ -32,7 +32,7 @@ class Row:
 
     parent: int | None
     token: int
-    root: int
+    root: tuple[int, ...]
     position: int
     evidence: float
     total: float
@@ -120,7 +120,7 @@ class Paths:
 def circular(text: Sequence[int]) -> bool:
     """Whether a text ends with the same tokens twice, one behind the other; with few of them, as often as they fit.
 
-    Or with few tokens again and again in whatever order: of its last pairs of neighbours half are different at most.
+    Or goes over its own words again: of its last pairs of neighbours a quarter are new at most.
 
     Args:
         text: Token ids.
@@ -129,8 +129,8 @@ def circular(text: Sequence[int]) -> bool:
         length = max(constants().alike, period)
         if len(text) >= length + period and text[-length:] == text[-length - period : -period]:
             return True
-    pairs = list(pairwise(text))[-4 * constants().alike :]
-    return len(pairs) == 4 * constants().alike and len(set(pairs)) <= 2 * constants().alike
+    pairs, many = list(pairwise(text)), 4 * constants().alike
+    return len(pairs) >= many and len({*pairs[-many:]} - {*pairs[:-many]}) <= constants().alike
 
 
 def shared(texts: Sequence[tuple[int, ...]]) -> int:

@@ -31,23 +31,20 @@ def by_rank(
 ) -> Outcome:
     """The outcome of a search where no gap stands below the signal.
 
-    One block tells enough where little drifted, and costs little. That it did shows in the last block, at the ends,
-    once texts with a wrong token were mended. Else a further block ranks, too, the tokens that the texts whose ends
-    were told leave over. Such a text stays, unless there is a better one much like it.
+    Texts whose ends the last block tells stay, and leave their tokens over for a further search.
     """
     clear = {tap: span for tap, span in last.items() if span.clear}
     block = _last_block(evidence, adapter, budget)
     neighbours = neighbours_of(evidence, adapter, clear, candidates, budget)
-    deepest = max(1, min(constants().ranked_blocks, adapter.num_blocks - 1))  # of the last block its input counts
-    search = BeamSearch(candidates, block, budget)
-    near = _ranking(evidence, search, blocks=1)
+    search, rounds, before = BeamSearch(candidates, block, budget), _rounds(adapter), 0
     with evidence.watch.stage("search"):
-        told = near is not None and _searched(search, Mender(near, block, candidates, budget))
-        if not told and deepest > 1 and not budget.late:
+        for blocks in rounds:
             search.candidates = left_over(evidence, adapter, search.told, candidates)
-            deep = _ranking(evidence, search, deepest)
-            if deep is not None:
-                _searched(search, Mender(deep, block, candidates, budget, thorough=True))
+            if blocks == before and search.candidates is candidates:
+                break  # nothing was learned
+            if _searched(evidence, search, blocks, last=blocks == rounds[-1]):
+                break
+            before = blocks
         tree = search.tree
         texts = whole_texts(adapter, tree, clear, neighbours=neighbours)
     likely = likeliest(Found(tree, texts, {}, clear))
@@ -63,10 +60,31 @@ def _last_block(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> 
     return LastBlock(adapter, {tap: span for tap, span in spans.items() if span.rank and not span.saturated})
 
 
-def _searched(search: BeamSearch, mender: Mender) -> bool:
-    """Search, and mend by the same ranking; whether the last block tells where each of the texts ends."""
-    search.run(mender.ranking)
-    return search.mend(mender)
+def _rounds(adapter: DecoderAdapter) -> tuple[int, ...]:
+    """By the taps of how many blocks texts are ranked, one search after the other.
+
+    Where positions are learned, one block tells enough if little drifted, and costs little. Where they enter in the
+    attention only, block 0 says little of the order.
+    """
+    deepest = max(1, min(constants().ranked_blocks, adapter.num_blocks - 1))  # of the last block its input counts
+    if deepest == 1:
+        return (1,)
+    return (deepest, deepest) if adapter.first_input.positions is None else (1, deepest)
+
+
+def _searched(evidence: Evidence, search: BeamSearch, blocks: int, *, last: bool) -> bool:
+    """Search by the taps of so many blocks, and mend; whether the last block tells where each of the texts ends.
+
+    Where a first search leaves more ends open than it tells, there is too much to mend, and a deeper one begins anew.
+    """
+    ranking = None if search.budget.late else _ranking(evidence, search, blocks)
+    if ranking is None:
+        return False
+    search.run(ranking)
+    if not last and 2 * len(search.told) < len(search.texts):
+        search.texts.clear()
+        return False
+    return search.mend(Mender(ranking, search.last, search.candidates, search.budget, thorough=last))
 
 
 def _ranking(evidence: Evidence, search: BeamSearch, blocks: int) -> Ranking | None:

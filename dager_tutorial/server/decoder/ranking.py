@@ -215,12 +215,13 @@ class Ranking:
             tokens: The candidates.
             chance: See `chance`.
         """
-        most = (constants().ranked, constants().ranked_deep) if position else (constants().ranked_first,) * 2
+        most, fewer = constants().ranked, constants().ranked_deep
+        if not position:
+            most = fewer = constants().ranked_first
         extension = FirstBlock.screened(self.passage.adapter, None, self.passage.budget).extension(position, tokens)
-        rows = self._attended(cache, begun, extension, chance, most[0])
-        for halves, fewer in ((2, constants().ranked_wide if position else most[0]), (3, most[1])):
-            rows = self.passage.through(rows, cache, min(halves, self.passage.halves))
-            rows = rows.take(_best_of_each(rows.places, chance.evidence(self.misfits(rows)), fewer))
+        rows = self._attended(cache, begun, extension, chance, most)
+        rows = self.passage.through(rows, cache, min(3, self.passage.halves))
+        rows = rows.take(_best_of_each(rows.places, chance.evidence(self.misfits(rows)), fewer))
         return self.passage.through(rows, cache, self.passage.halves)
 
     def _attended(self, cache: Cache, begun: Tensor, extension: Extension, chance: Chance, most: int) -> Rows:
