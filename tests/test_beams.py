@@ -25,6 +25,7 @@ from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.mending import Mender
 from dager_tutorial.server.decoder.passage import Passage, Prefix
 from dager_tutorial.server.decoder.paths import Paths, Row, circular, shared
+from dager_tutorial.server.decoder.ranked import searched
 from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
 from dager_tutorial.server.decoder.rivals import going_on
 from dager_tutorial.server.evidence import evidence_of
@@ -59,6 +60,17 @@ def test_what_one_search_tells_is_kept_by_the_next_one(tiny_llama: LanguageModel
     search.run(ranking)
     assert search.texts == told
     assert {search.tree.nodes[leaf].tokens for leaf in search.tree.leaves()} <= set(truth.sequences)
+
+
+def test_what_a_first_search_leaves_open_is_kept_where_no_time_is_left(tiny_gpt2: LanguageModel) -> None:
+    update, _ = play_locally(tiny_gpt2, TEXTS, config=FOUR, training=TRAINING)
+    evidence = evidence_of(tiny_gpt2, update)
+    for spent in (False, True):
+        search, _ = searching(tiny_gpt2, update)
+        search.last = LastBlock(search.last.adapter, {})  # tells no end
+        search.budget = Budget(stop=lambda search=search, spent=spent: spent and bool(search.texts))
+        assert not searched(evidence, search, 1, last=False)
+        assert bool(search.texts) is spent
 
 
 @every("tiny_gpt2", "tiny_llama")

@@ -55,6 +55,21 @@ def mix(
     return torch.einsum("...kgl,...lkw->...kgw", grouped, values).flatten(-3)
 
 
+def mix_beside(
+    weights: Float[Tensor, "... heads length"],
+    values: Float[Tensor, "... past key_heads width"],
+    own: Float[Tensor, "... key_heads width"],
+) -> Float[Tensor, "... inputs"]:
+    """The same where the last key is one that each query has of its own, so that the others' values are not copied.
+
+    Args:
+        weights: What `weights` returns.
+        values: The values that belong to all keys but the last.
+        own: The value that belongs to the last.
+    """
+    return mix(weights[..., :-1], values).add_(mix(weights[..., -1:], own[..., None, :, :]))
+
+
 def attend(
     query: Float[Tensor, "... heads width"],
     keys: Float[Tensor, "... length key_heads width"],

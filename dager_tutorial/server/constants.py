@@ -156,7 +156,7 @@ class Constants:
     beside_best: float = _constant(0.5, "share of the best sibling's evidence that another one needs", "measured")
     beside_others: float = _constant(0.25, "share of other texts' usual evidence that a text needs", "chosen")
     beginning: int = _constant(4, "first tokens by which beams are told apart", "chosen")
-    rivals: int = _constant(5, "prefixes of a beginning that go on beside its best", "cost")
+    rivals: int = _constant(5, "prefixes of a beginning that go on at most, its best among them", "cost")
     behind: float = _constant(0.6, "usual rows by which they may lie behind it", "chosen")
     beam: int = _constant(3, "prefixes that each first token keeps until its beginnings are told apart", "cost")
     widest_beam: int = _constant(8, "prefixes that each first token keeps at most", "cost")

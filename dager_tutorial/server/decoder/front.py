@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dager_tutorial.models.adapter import DecoderAdapter
-from dager_tutorial.models.attention import attend, mix, scores, unseen, weights
+from dager_tutorial.models.attention import attend, mix_beside, scores, unseen, weights
 from dager_tutorial.server.budget import Budget
 
 
@@ -155,9 +155,7 @@ class FirstBlock:
     ) -> Float[Tensor, "places candidates inputs"]:
         """Inputs of block 0's attention output map (float32) for every candidate after some prefixes."""
         shares = self.shares(front, extension, places)
-        mixed = mix(shares[..., :-1], front.values[places, None])
-        own = mix(shares[..., -1:], extension.value[None, :, None])
-        return mixed.add_(own)
+        return mix_beside(shares, front.values[places, None], extension.value)
 
     def of_pairs(
         self, front: Front, extension: Extension, pairs: Int[Tensor, "pairs 2"]

@@ -43,9 +43,11 @@ def left_over(evidence: Evidence, adapter: DecoderAdapter, texts: Sequence[Ids],
         such a token hardly shows in its row; all of them where the rows or the last block's MLP output map were not
         shared, where too much drifted for the rows to tell, or where the model is read from disk block by block.
     """
+    if not texts or is_streamed(adapter.network):  # no way back through blocks on disk
+        return candidates
     rows = table_gradient(evidence, adapter.first_input.tokens)
     ends = adapter.tap(adapter.num_blocks - 1, MLP_OUTPUT).gradient(evidence.gradients)
-    if rows is None or ends is None or not texts or is_streamed(adapter.network):  # no way back through blocks on disk
+    if rows is None or ends is None:
         return candidates
     tokens = candidates.distinct()
     held = Counter(token for text in texts for token in set(text))

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dager_tutorial.models.adapter import DecoderAdapter
-from dager_tutorial.models.attention import attend, mix, scores, weights
+from dager_tutorial.models.attention import attend, mix_beside, scores, weights
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP, MLP_OUTPUT, QKV, Tap
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
@@ -185,7 +185,7 @@ class Passage:
             choice: int64, which of the candidates.
         """
         past = cache.values[0][place, self.seen(0, extension.position)]
-        attended = _mixed_beside(shares[choice], past, extension.value[choice])
+        attended = mix_beside(shares[choice], past, extension.value[choice])
         places = torch.full_like(choice, place)
         rows = Rows(places, extension.tokens[choice], extension.position, extension.hidden[choice])
         return self._attended(rows, 0, extension.key[choice], extension.value[choice], attended)
@@ -236,7 +236,7 @@ class Passage:
         parts = zip(places, *(part.split(counts.tolist()) for part in (query, key, value)), strict=True)
         return torch.cat(
             [
-                _mixed_beside(_shares_beside(some, keys[place], own, scaling), values[place], known)
+                mix_beside(_shares_beside(some, keys[place], own, scaling), values[place], known)
                 for place, some, own, known in parts
             ]
         )
@@ -288,8 +288,3 @@ class Passage:
 def _shares_beside(query: Tensor, keys: Tensor, own: Tensor, scaling: float) -> Float[Tensor, "rows heads keys"]:
     """Attention weights of queries behind one prefix, each of which sees a key of its own, too: that one last."""
     return weights(torch.cat([scores(query, keys, scaling), scores(query, own[:, None], scaling)], -1))
-
-
-def _mixed_beside(shares: Tensor, values: Tensor, own: Tensor) -> Float[Tensor, "rows inputs"]:
-    """What enters the attention's output map by such weights."""
-    return mix(shares[..., :-1], values) + mix(shares[..., -1:], own[:, None])

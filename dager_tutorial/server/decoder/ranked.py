@@ -42,7 +42,7 @@ def by_rank(
             search.candidates = left_over(evidence, adapter, search.told, candidates)
             if blocks == before and search.candidates is candidates:
                 break  # nothing was learned
-            if _searched(evidence, search, blocks, last=blocks == rounds[-1]):
+            if searched(evidence, search, blocks, last=blocks == rounds[-1]) or budget.late:
                 break
             before = blocks
         tree = search.tree
@@ -72,16 +72,23 @@ def _rounds(adapter: DecoderAdapter) -> tuple[int, ...]:
     return (deepest, deepest) if adapter.first_input.positions is None else (1, deepest)
 
 
-def _searched(evidence: Evidence, search: BeamSearch, blocks: int, *, last: bool) -> bool:
+def searched(evidence: Evidence, search: BeamSearch, blocks: int, *, last: bool) -> bool:
     """Search by the taps of so many blocks, and mend; whether the last block tells where each of the texts ends.
 
-    Where a first search leaves more ends open than it tells, there is too much to mend, and a deeper one begins anew.
+    Where a first search leaves more ends open than it tells, there is too much to mend, and a deeper one begins anew,
+    if there is time for it.
+
+    Args:
+        evidence: The update's gradients.
+        search: What it found before, and finds now.
+        blocks: How many blocks.
+        last: Whether none follows.
     """
-    ranking = None if search.budget.late else _ranking(evidence, search, blocks)
+    ranking = _ranking(evidence, search, blocks)
     if ranking is None:
         return False
     search.run(ranking)
-    if not last and 2 * len(search.told) < len(search.texts):
+    if not last and not search.budget.late and 2 * len(search.told) < len(search.texts):
         search.texts.clear()
         return False
     return search.mend(Mender(ranking, search.last, search.candidates, search.budget, thorough=last))
