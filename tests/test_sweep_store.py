@@ -190,14 +190,21 @@ def cluster(tmp_path):
             start_new_session=True,
         )
 
-    scheduler = start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(place))
-    wait_until(place.exists)
-    address = json.loads(place.read_text("utf-8"))["address"]
-    workers = [start("dask_worker", address, "--nthreads", "1", "--no-nanny", "--name", str(n)) for n in range(2)]
+    def address():
+        """The scheduler opens its file before it writes it: until it is whole there is no address."""
+        try:
+            return json.loads(place.read_text("utf-8"))["address"]
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    processes = [start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(place))]
     try:
-        yield address, workers
+        wait_until(address)
+        for number in range(2):
+            processes.append(start("dask_worker", address(), "--nthreads", "1", "--no-nanny", "--name", str(number)))
+        yield address(), processes[1:]
     finally:
-        for process in (*workers, scheduler):
+        for process in processes:
             process.kill()
             process.wait()
 
