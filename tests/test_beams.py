@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from helpers import every
@@ -18,13 +19,14 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.models.tap import ATTENTION_OUTPUT, MLP_OUTPUT, QKV, QUERY
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.candidates import candidates_of
-from dager_tutorial.server.constants import constants
+from dager_tutorial.server.constants import constants, varied
 from dager_tutorial.server.decoder.beams import BeamSearch
+from dager_tutorial.server.decoder.edits import nearby
 from dager_tutorial.server.decoder.explained import unexplained
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.mending import Mender
 from dager_tutorial.server.decoder.passage import Passage, Prefix
-from dager_tutorial.server.decoder.paths import Paths, Row, circular, shared
+from dager_tutorial.server.decoder.paths import Paths, Row, circular, repeats, said_again, shared
 from dager_tutorial.server.decoder.ranked import searched
 from dager_tutorial.server.decoder.ranking import Misfit, Ranking, ranked_taps
 from dager_tutorial.server.decoder.rivals import going_on
@@ -114,6 +116,18 @@ class Deaf(LastBlock):
         return [0.1] * len(texts)
 
 
+@dataclass(frozen=True)
+class _Asked(LastBlock):
+    """A last block that notes which texts it is asked of."""
+
+    asked: list[Prefix]
+
+    def misfits(self, texts: Sequence[Prefix]) -> list[float]:
+        """As they are."""
+        self.asked.extend(texts)
+        return super().misfits(texts)
+
+
 @every("tiny_gpt2", "tiny_llama")
 def test_rows_mend_a_text_where_the_last_block_tells_nothing(model: LanguageModel) -> None:
     update, truth = play_locally(model, TEXTS, config=FOUR, training=TRAINING)
@@ -137,6 +151,85 @@ def test_what_was_mended_takes_the_place_of_the_text_that_it_was(tiny_llama: Lan
     search.mend(Mender(ranking, search.last, search.candidates, search.budget))
     assert search.told.count(text) == 1 and wrong not in search.texts
     assert set(search.told) <= set(truth.sequences)
+
+
+def test_what_only_repeats_its_tokens_is_dropped_and_not_mended(tiny_llama: LanguageModel) -> None:
+    update, truth = play_locally(tiny_llama, TEXTS, config=FOUR, training=TRAINING)
+    search, ranking = searching(tiny_llama, update)
+    search.run(ranking)
+    search.mend(Mender(ranking, search.last, search.candidates, search.budget))
+    before, begun = search.texts, truth.sequences[0][:2]
+    search.texts = [*before, search.paths.replaced(before[0], begun * 5)]
+    asked: list[Prefix] = []
+    search.last = _Asked(search.last.adapter, search.last.spans, asked)
+    search.mend(Mender(ranking, search.last, search.candidates, search.budget, thorough=True))
+    assert search.texts == before
+    assert {each for each in asked if len(each) > 8} == {(begun * 5)[:9], begun * 5}  # none of its neighbours
+
+
+@dataclass(frozen=True)
+class _Known(LastBlock):
+    """A last block that knows how badly some texts fit; others fit as nothing does."""
+
+    misfit: dict[Prefix, float]
+
+    def misfits(self, texts: Sequence[Prefix]) -> list[float]:
+        """As they are known."""
+        return [self.misfit.get(text, 1.5) for text in texts]
+
+
+def test_a_text_that_fits_far_worse_than_the_others_is_not_told(tiny_llama: LanguageModel) -> None:
+    update, truth = play_locally(tiny_llama, TEXTS, config=FOUR, training=TRAINING)
+    search, ranking = searching(tiny_llama, update)
+    search.paths.rows.append(Row(None, 0, (0,), 0, 5.0, 5.0, strong=True, weak=0, doubtful=False))
+    search.texts = [search.paths.replaced(0, text) for text in truth.sequences]
+    misfit = dict(zip(truth.sequences, (-0.2, 0.0, 0.7, 0.1), strict=True))
+    last = _Known(search.last.adapter, search.last.spans, misfit)
+    late = Mender(ranking, last, search.candidates, Budget(deadline=0.0))
+    assert [each.told for each in late.mended(truth.sequences)] == [True] * 4
+    assert not search.mend(late)
+    assert search.untold == [truth.sequences[2]] and len(search.told) == 3
+
+
+@every("tiny_gpt2", "tiny_llama")
+def test_most_neighbours_of_a_text_are_none_that_only_go_on(model: LanguageModel) -> None:
+    update, truth = play_locally(model, TEXTS, config=FOUR, training=TRAINING)
+    search, ranking = searching(model, update)
+    texts = truth.sequences
+    for everywhere, most in ((False, 8), (True, 32)):
+        found = nearby(ranking, search.candidates, texts, search.budget, everywhere=everywhere)
+        pairs = list(zip(texts, found, strict=True))
+        longer = [sum(other[: len(text)] == text for other in near.gains) for text, near in pairs]
+        assert 0 < max(longer) <= most // 4  # behind the longest text of a batch there is nothing
+        assert all(len(near.gains) <= most for near in found)
+
+
+def test_a_string_of_weak_rows_is_no_text(tiny_llama: LanguageModel) -> None:
+    update, _ = play_locally(tiny_llama, TEXTS, config=FOUR, training=TRAINING)
+    search, ranking = searching(tiny_llama, update)
+    search.run(ranking)
+    usual = statistics.median(search.paths.mean(end) for end in search.texts if end in search.ends)
+    weak = [end for end in search.texts if search.paths.mean(end) < 0.9 * usual]
+    assert weak
+    again, ranking = searching(tiny_llama, update)
+    with varied(weak_text=0.9):
+        again.run(ranking)
+    assert len(again.texts) == len(search.texts) - len(weak)
+
+
+@given(st.lists(st.integers(0, 2), max_size=10).map(tuple), st.integers(0, 2))
+def test_what_a_text_says_again(text: tuple[int, ...], token: int) -> None:
+    end = bytes((*text, token)[-3:])
+    assert said_again([(), text], [0, 1], [token, token]) == [False, len(end) == 3 and end in bytes(text)]
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=12))
+def test_a_text_repeats_if_most_of_it_can_go_and_no_token_is_lost(text: list[int]) -> None:
+    left = list(text)
+    for token in text:
+        if left.count(token) > 1:
+            left.remove(token)
+    assert repeats(text) is (len(text) - len(left) > len(left))
 
 
 def _grown(paths: Paths, text: str, evidence: float) -> int:
@@ -185,6 +278,9 @@ def test_a_beginning_keeps_what_is_hardly_behind_its_best() -> None:
     order = sorted(range(len(made)), key=lambda index: -made[index].total)
     assert constants().behind == 0.6
     assert going_on(paths, made, order, set()) == [0, 2, 3, 1]  # the weak text's beginning is another
+    with varied(rivals_left=1):
+        told = [paths.text(made[0])]
+        assert going_on(paths, made, order, set(), told) == [0, 2, 1]  # beside a known text one that begins as it does
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), max_size=6))

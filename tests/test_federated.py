@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from helpers import every
@@ -73,12 +75,14 @@ def test_several_epochs_of_small_steps_give_the_texts_away(model: LanguageModel,
         assert text in truth.sequences or by.certainty is not Certainty.WHOLE
 
 
-def left_of(model: LanguageModel, update: Update, texts: list[tuple[int, ...]]) -> set[int]:
+def left_of(
+    model: LanguageModel, update: Update, texts: list[tuple[int, ...]], doubtful: Sequence[tuple[int, ...]] = ()
+) -> set[int]:
     """The tokens of an update that texts leave over."""
     evidence = evidence_of(model, update)
     candidates = candidates_of(evidence, evidence.span(evidence.adapter.tap(0, QKV)), Budget())
     assert isinstance(evidence.adapter, DecoderAdapter)
-    return set(left_over(evidence, evidence.adapter, texts, candidates).distinct().tolist())
+    return set(left_over(evidence, evidence.adapter, texts, candidates, doubtful).distinct().tolist())
 
 
 @every("tiny_gpt2", "tiny_llama")
@@ -89,8 +93,9 @@ def test_texts_that_are_known_leave_over_the_tokens_of_the_others(model: Languag
         known = [text for text in texts if text != missing]
         held = {token for token in named if any(token in text for text in known)}
         common = {token for token in held if sum(token in text for text in known) > 1}
-        with varied(most_left_over=2.0):
+        with varied(most_left_over=2.0, left_over=0.3):
             left = left_of(model, update, known)
+            assert left_of(model, update, known, known[:1]) == left | named & set(known[0])
         assert named & set(missing) - held | common <= left <= named & set(missing) | common
     assert left_of(model, update, texts[:1]) == named  # most of the tokens are left: too many to be sure of any
     assert left_of(model, update, [text[::-1] for text in texts]) == named

@@ -22,8 +22,8 @@ from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.explained import unexplained
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.mending import Mended, Mender
-from dager_tutorial.server.decoder.passage import Cache
-from dager_tutorial.server.decoder.paths import Paths, Row, shared
+from dager_tutorial.server.decoder.passage import Cache, Rows
+from dager_tutorial.server.decoder.paths import Paths, Row, repeats, said_again, shared
 from dager_tutorial.server.decoder.ranking import Ranking, near_best
 from dager_tutorial.server.decoder.rivals import going_on
 from dager_tutorial.server.decoder.tree import Tree
@@ -57,7 +57,6 @@ class BeamSearch:
         usually: The evidence of a row in the usual text, at the position where it was most.
         ends: Rows at which texts end by the last block, and how badly they fit there.
         texts: Last rows of the texts that nothing better explains.
-        mended: Those of them that were mended, or needed it not.
         known: Texts that earlier runs told.
         common: With how many tokens another text may begin as one of them does.
     """
@@ -70,7 +69,6 @@ class BeamSearch:
     usually: float = 0.0
     ends: dict[int, float] = field(default_factory=dict)
     texts: list[int] = field(default_factory=list)
-    mended: set[int] = field(default_factory=set)
     known: list[tuple[int, ...]] = field(default_factory=list)
     common: int = 0
 
@@ -93,9 +91,13 @@ class BeamSearch:
             front = self._grown(front, position, tokens)
             self.budget.report("search", len(self.paths.rows))
         self.texts = self._unexplained()
+        self._doubt()
+        usual = [self.paths.mean(end) for end in self.texts if end in self.ends] or [0.0]
+        least = constants().weak_text * statistics.median(usual)
+        self.texts = [end for end in self.texts if self.paths.mean(end) >= least]
 
     def mend(self, mender: Mender) -> bool:
-        """Put mended texts in the places of those that fit worse.
+        """Put mended texts in the places of those that fit worse, and drop what hardly is a text.
 
         Args:
             mender: Mends texts.
@@ -103,14 +105,13 @@ class BeamSearch:
         Returns:
             Whether the last block tells where each of the texts ends.
         """
-        old = [end for end in self.texts if end not in self.mended]
-        found = dict(zip(old, mender.mended([self.paths.tokens(end) for end in old]), strict=True))
-        ends = [self._replaced(end, found[end]) if end in found else end for end in self.texts]
+        mended = mender.mended([self.paths.tokens(end) for end in self.texts], self.most_misfit)
+        ends = [self._replaced(*each) for each in zip(self.texts, mended, strict=True)]
         different: dict[tuple[int, ...], int] = {}
         for end in ends:
             different.setdefault(self.paths.tokens(end), end)
-        self.texts = list(different.values())
-        self.mended.update(self.texts)
+        self.texts = [end for text, end in different.items() if end in self.ends or not repeats(text)]
+        self._doubt()
         return all(end in self.ends for end in self.texts)
 
     def _replaced(self, end: int, mended: Mended) -> int:
@@ -123,6 +124,17 @@ class BeamSearch:
         return end
 
     @property
+    def most_misfit(self) -> float:
+        """How badly a text may fit whose end is told: hardly worse than the others of the batch."""
+        found = [self.ends[end] for end in self.texts if end in self.ends]
+        return statistics.median(found) + constants().end_beside if found else constants().end_misfit
+
+    def _doubt(self) -> None:
+        """Tell no ends of texts that fit far worse than the others."""
+        most = self.most_misfit
+        self.ends = {end: misfit for end, misfit in self.ends.items() if misfit <= most}
+
+    @property
     def tree(self) -> Tree:
         """The texts that nothing better explains."""
         return self._grafted(self.texts)[0]
@@ -131,6 +143,11 @@ class BeamSearch:
     def told(self) -> list[tuple[int, ...]]:
         """Those of them whose ends the last block tells."""
         return [self.paths.tokens(end) for end in self.texts if end in self.ends]
+
+    @property
+    def untold(self) -> list[tuple[int, ...]]:
+        """The others."""
+        return [self.paths.tokens(end) for end in self.texts if end not in self.ends]
 
     def _forget(self) -> None:
         """Leave nothing but the texts whose ends the last block tells."""
@@ -147,7 +164,7 @@ class BeamSearch:
         begun = torch.tensor(roots, dtype=torch.long, device=tokens.device)
         extended = self.ranking.promising(front.cache, begun, position, tokens, chance)
         misfits = self.ranking.misfits(extended)
-        evidence = chance.evidence(misfits)
+        evidence = self._new(front, extended, chance.evidence(misfits))
         outstanding = evidence >= self._needed(len(evidence))
         if bool(outstanding.any()):
             self.ranking.worth.learn(chance.deviating(misfits[outstanding]))
@@ -165,6 +182,14 @@ class BeamSearch:
         going = [(node, index) for node, index in zip(nodes, kept, strict=True) if node in alive]
         chosen = torch.tensor([index for _, index in going], dtype=torch.long, device=tokens.device)
         return _Front(tuple(node for node, _ in going), self.ranking.passage.grown(front.cache, extended.take(chosen)))
+
+    def _new(self, front: _Front, rows: Rows, evidence: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """The evidence, little of it where a rotary model's text goes over its own words: those rows were counted."""
+        if not self.ranking.rotary:
+            return evidence
+        begun = [self.paths.tokens(node) for node in front.nodes] or [()]
+        again = said_again(begun, rows.places.tolist(), rows.tokens.tolist())
+        return torch.where(torch.tensor(again, device=evidence.device), constants().again * evidence, evidence)
 
     def _known(self, row: Row) -> bool:
         """Whether a prefix is one of a text that an earlier run told, beyond what several texts may begin with."""
@@ -194,26 +219,28 @@ class BeamSearch:
         strong = position < prompted or evidence >= needed
         weak, doubtful = max(0, before.weak - 1) if strong else before.weak + 1, not strong or before.doubtful
         root = before.root if position > prompted else (token,)  # a prompt is not the text's own
-        if position == prompted + constants().beginning:
+        if position - prompted in (constants().first_tokens, constants().beginning):
             root = self.paths.tokens(front.nodes[place])[prompted:]
         total = before.total + evidence
         return Row(front.nodes[place], token, root, position, evidence, total, strong, weak, doubtful)
 
     def _kept(self, places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"], made: list[Row]) -> list[int]:
         """Indices of the rows that go on."""
-        begins = made[0].parent is None
+        position = made[0].position
+        begins, second = position == 0, position == len(self.candidates.prompt) + 1
         needed = self._needed(len(made), 1.0 if begins else constants().false_alarms)
-        beside = torch.ones_like(evidence, dtype=torch.bool) if begins else near_best(places, evidence)
+        share = 0.0 if begins else constants().beside_second if second else constants().beside_best
+        beside = near_best(places, evidence, share) if share else torch.ones_like(evidence, dtype=torch.bool)
         rivals = ((evidence >= needed) & beside).nonzero()[:, 0].tolist()
         kept = {index for index in rivals if not made[index].doubtful}
         order = sorted(beside.nonzero()[:, 0].tolist(), key=lambda index: -made[index].total)
         best: dict[tuple[int, ...], float] = {}
         for index in order:
             best.setdefault(made[index].root, made[index].total)
-        self.usually = max(self.usually, statistics.median(best.values()) / (made[0].position + 1))
-        least = constants().beside_others * self.usually * (made[0].position + 1)
+        self.usually = max(self.usually, statistics.median(best.values()) / (position + 1))
+        least = constants().beside_others * self.usually * (position + 1)
         order = [index for index in order if begins or made[index].total >= least]
-        return going_on(self.paths, made, order, kept)[: constants().widest]
+        return going_on(self.paths, made, order, kept, self.known)[: constants().widest]
 
     @staticmethod
     def _needed(tried: int, alarms: float | None = None) -> float:

@@ -50,19 +50,15 @@ def nearby(
         everywhere: Whether a text may be wrong at places, too, where its rows do not fall; then there are more of them.
     """
     walk = _Walk(ranking, candidates, texts, budget, everywhere=everywhere)
-    gains: list[dict[Prefix, float]] = [{} for _ in texts]
+    inside: list[dict[Prefix, float]] = [{} for _ in texts]
+    longer: list[dict[Prefix, float]] = [{} for _ in texts]
     for edit, gain in walk.gains():
-        own, mine = texts[edit.text], gains[edit.text]
-        other = edit.of(own)
+        own = texts[edit.text]
+        other, mine = edit.of(own), (longer if edit.place == len(own) else inside)[edit.text]
         if other != own and len(other) <= ranking.passage.adapter.max_positions:
             mine[other] = max(gain, mine.get(other, gain))
     most = constants().mended_everywhere if everywhere else constants().mended_tried
-    found = []
-    for index, mine in enumerate(gains):
-        usual = max(walk.usual(index), 1.0)
-        best = nlargest(most, mine, key=mine.__getitem__)
-        found.append(Nearby({text: mine[text] / usual for text in best}, walk.steady(index)))
-    return found
+    return [walk.nearby(index, most, *both) for index, both in enumerate(zip(inside, longer, strict=True))]
 
 
 class _Edit(NamedTuple):
@@ -116,6 +112,17 @@ class _Walk:
             here = [index for index in range(len(self.texts)) if self._doubtful(index, place)]
             edits = list(self._proposed(here, place)) if here else []
             yield from zip(edits, self._gained(edits, place), strict=True)
+
+    def nearby(self, index: int, most: int, inside: dict[Prefix, float], longer: dict[Prefix, float]) -> Nearby:
+        """The likeliest neighbours of a text, some of them longer ones: a row more is no less evidence, true or not."""
+        fewer = round(constants().mended_longer * most)
+        best = {
+            text: gains[text]
+            for gains, count in ((inside, most - fewer), (longer, fewer))
+            for text in nlargest(count, gains, key=gains.__getitem__)
+        }
+        usual = max(self.usual(index), 1.0)
+        return Nearby({text: gain / usual for text, gain in best.items()}, self.steady(index))
 
     def _doubtful(self, index: int, place: int) -> bool:
         """Whether a text may be wrong at a place: its row there, or the next one, falls, or another may stand there."""

@@ -29,7 +29,13 @@ from dager_tutorial.server.passes import Ids, by_parts
 from dager_tutorial.server.token_filter import Candidates
 
 
-def left_over(evidence: Evidence, adapter: DecoderAdapter, texts: Sequence[Ids], candidates: Candidates) -> Candidates:
+def left_over(
+    evidence: Evidence,
+    adapter: DecoderAdapter,
+    texts: Sequence[Ids],
+    candidates: Candidates,
+    doubtful: Sequence[Ids] = (),
+) -> Candidates:
     """The candidates that a text beside the known ones may hold.
 
     Args:
@@ -37,11 +43,13 @@ def left_over(evidence: Evidence, adapter: DecoderAdapter, texts: Sequence[Ids],
         adapter: The architecture.
         texts: Token ids of the known texts.
         candidates: Tokens that may stand at each position.
+        doubtful: Token ids of texts that may be there, rightly or nearly so.
 
     Returns:
-        Those whose rows the texts leave over, and those that several of the texts hold, since another one that holds
-        such a token hardly shows in its row; all of them where the rows or the last block's MLP output map were not
-        shared, where too much drifted for the rows to tell, or where the model is read from disk block by block.
+        Those whose rows the texts leave over, those of the doubtful texts, and those that several of the known texts
+        hold, since another one that holds such a token hardly shows in its row; all of them where the rows or the last
+        block's MLP output map were not shared, where too much drifted for the rows to tell, or where the model is read
+        from disk block by block.
     """
     if not texts or is_streamed(adapter.network):  # no way back through blocks on disk
         return candidates
@@ -53,8 +61,13 @@ def left_over(evidence: Evidence, adapter: DecoderAdapter, texts: Sequence[Ids],
     held = Counter(token for text in texts for token in set(text))
     common = torch.tensor([held[token] >= constants().common for token in tokens.tolist()], device=tokens.device)
     left = _left(precise(rows[tokens]), _known(adapter, texts, precise(ends), tokens))
-    others = common | (left > constants().left_over)
-    return among(candidates, tokens[others]) if others.float().mean() < constants().most_left_over else candidates
+    others = left > constants().left_over
+    once = torch.tensor([held[token] > 0 for token in tokens.tolist()], device=tokens.device) & ~common
+    if others[once].float().sum() >= constants().most_left_over * once.sum():
+        return candidates
+    others |= common
+    maybe = tokens.new_tensor(sorted({token for text in doubtful for token in text}))
+    return among(candidates, torch.cat([tokens[others], maybe]))
 
 
 def _left(rows: Float[Tensor, "tokens width"], known: Float[Tensor, "texts tokens width"]) -> Float[Tensor, " tokens"]:

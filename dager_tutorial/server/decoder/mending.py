@@ -21,6 +21,7 @@ from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.edits import Nearby, nearby
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.passage import Prefix
+from dager_tutorial.server.decoder.paths import repeats
 from dager_tutorial.server.decoder.ranking import Ranking
 from dager_tutorial.server.token_filter import Candidates
 
@@ -62,7 +63,7 @@ class _Climb:
         Where much drifted the last block hardly tells one token from another. There a neighbour is better, too, that
         fits about as well and gives the rows of the first blocks far more evidence.
         """
-        new = [text for text in misfits if text not in self.seen]
+        new = [text for text in misfits if text not in self.seen and not repeats(text)]
         least = min(new, key=misfits.__getitem__, default=self.text)
         if misfits.get(least, math.inf) < self.misfit - constants().mended:
             return least, misfits[least]
@@ -82,7 +83,8 @@ class Mender:
         last: Tells how well whole texts fit.
         candidates: Tokens that may stand at each position.
         budget: What it may cost.
-        thorough: Whether texts that are not told to be whole may be wrong at any place, not only where a row falls.
+        thorough: Whether texts may be wrong at any place, not only where a row falls: those of which a row falls, and
+            those that are not told to be whole.
     """
 
     ranking: Ranking
@@ -92,21 +94,23 @@ class Mender:
     thorough: bool = False
 
     @torch.no_grad()
-    def mended(self, texts: Sequence[Prefix]) -> list[Mended]:
+    def mended(self, texts: Sequence[Prefix], most_misfit: float = math.inf) -> list[Mended]:
         """What becomes of texts: each stays, where none of its neighbours fits better.
 
         A text that fits better without its last tokens is mended with and without them.
 
         Args:
             texts: Token ids.
+            most_misfit: How badly one may fit that is told to be whole by how well it fits.
         """
+        most = min(most_misfit, constants().end_misfit)
         if not texts or not self.last.tells:
             return [Mended(text, math.inf, told=False) for text in texts]
         wholes = [self._whole(text) for text in texts]
         starts = list(dict.fromkeys([*texts, *wholes]))  # most texts fit best as they are: they are climbed from once
-        found = dict(zip(starts, self._climbed(starts), strict=True))
+        found = dict(zip(starts, self._climbed(starts, most), strict=True))
         both = ((found[text], found[whole]) for text, whole in zip(texts, wholes, strict=True))
-        return [cut if cut.misfit <= min(constants().end_misfit, full.misfit) else full for full, cut in both]
+        return [cut if cut.misfit <= min(most, full.misfit) else full for full, cut in both]
 
     def _whole(self, text: Prefix) -> Prefix:
         """The prefix of a text that fits best as a whole one."""
@@ -114,17 +118,21 @@ class Mender:
         misfits = self.last.misfits(prefixes)
         return prefixes[misfits.index(min(misfits))]
 
-    def _climbed(self, texts: list[Prefix]) -> list[Mended]:
+    def _climbed(self, texts: list[Prefix], most: float) -> list[Mended]:
         """Where texts come to, one token a step, each step to the neighbour that fits best."""
         climbs = [_Climb(text, misfit) for text, misfit in zip(texts, self.last.misfits(texts), strict=True)]
-        going = climbs
-        while going and not self.budget.late:
+        going = [each for each in climbs if not repeats(each.text)]
+        for _ in range(constants().mended_steps):
+            if not going or self.budget.late:
+                break
             gained = self._stepped(going, everywhere=False)
             if self.thorough:
-                doubtful = [each for each in going if each not in gained and not self._told(each)]
+                doubtful = [
+                    each for each in going if each not in gained and not (each.steady and self._told(each, most))
+                ]
                 gained += self._stepped(doubtful, everywhere=True)
             going = gained
-        return [Mended(each.text, each.misfit, told=self._told(each)) for each in climbs]
+        return [Mended(each.text, each.misfit, told=self._told(each, most)) for each in climbs]
 
     def _stepped(self, climbs: list[_Climb], *, everywhere: bool) -> list[_Climb]:
         """Those of some climbs that have a neighbour which fits better, after the step to it."""
@@ -143,6 +151,6 @@ class Mender:
                 gained.append(climb)
         return gained
 
-    def _told(self, climb: _Climb) -> bool:
+    def _told(self, climb: _Climb, most: float) -> bool:
         """Whether a text is told to be whole."""
-        return climb.misfit <= constants().end_misfit or (climb.steady and self.last.singles_out(climb.text))
+        return climb.misfit <= most or (climb.steady and self.last.singles_out(climb.text))

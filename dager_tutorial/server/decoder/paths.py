@@ -88,6 +88,14 @@ class Paths:
         """
         return statistics.median(self.rows[step].evidence for step in self.path(index))
 
+    def mean(self, index: int) -> float:
+        """The mean evidence of the rows up to one.
+
+        Args:
+            index: That one.
+        """
+        return self.rows[index].total / (self.rows[index].position + 1)
+
     def recent(self, row: Row) -> float:
         """The evidence of a text's last rows.
 
@@ -131,6 +139,27 @@ def circular(text: Sequence[int]) -> bool:
             return True
     pairs, many = list(pairwise(text)), 4 * constants().alike
     return len(pairs) >= many and len({*pairs[-many:]} - {*pairs[:-many]}) <= constants().alike
+
+
+def repeats(text: Sequence[int]) -> bool:
+    """Whether more than half of a text's tokens are said again in it, as in hardly any text that makes sense.
+
+    Args:
+        text: Token ids.
+    """
+    return 2 * len(set(text)) < len(text)
+
+
+def said_again(texts: Sequence[tuple[int, ...]], places: Sequence[int], tokens: Sequence[int]) -> list[bool]:
+    """Whether texts end with three tokens that they had before, once they are extended.
+
+    Args:
+        texts: Token ids.
+        places: Which of the texts is extended.
+        tokens: By which token.
+    """
+    before = [{text[place : place + 3] for place in range(len(text) - 2)} for text in texts]
+    return [(*texts[place][-2:], token) in before[place] for place, token in zip(places, tokens, strict=True)]
 
 
 def shared(texts: Sequence[tuple[int, ...]]) -> int:

@@ -39,7 +39,7 @@ def by_rank(
     search, rounds, before = BeamSearch(candidates, block, budget), _rounds(adapter), 0
     with evidence.watch.stage("search"):
         for blocks in rounds:
-            search.candidates = left_over(evidence, adapter, search.told, candidates)
+            search.candidates = left_over(evidence, adapter, search.told, candidates, search.untold)
             if blocks == before and search.candidates is candidates:
                 break  # nothing was learned
             if searched(evidence, search, blocks, last=blocks == rounds[-1]) or budget.late:

@@ -269,13 +269,14 @@ def _best_of_each(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"]
     return order[torch.arange(len(order), device=order.device) - begins < most]
 
 
-def near_best(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
+def near_best(places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"], share: float) -> Bool[Tensor, " rows"]:
     """Which rows have about as much evidence as the best one of the same prefix.
 
     Args:
         places: int64, the prefix of each row.
         evidence: Of each row.
+        share: How much of the best one's a row needs.
     """
     best = evidence.new_full((int(places.max()) + 1,), -torch.inf)
     best = best.scatter_reduce(0, places, evidence, "amax")[places]
-    return evidence >= torch.minimum(best, constants().beside_best * best)
+    return evidence >= torch.minimum(best, share * best)

@@ -10,40 +10,57 @@ behind it within a row or two and one prefix is left; where its rows are weak, m
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.decoder.paths import Paths, Row, circular
 
 
-def going_on(paths: Paths, made: list[Row], order: list[int], outstanding: set[int]) -> list[int]:
+def going_on(
+    paths: Paths,
+    made: list[Row],
+    order: list[int],
+    outstanding: set[int],
+    known: Sequence[tuple[int, ...]] = (),
+) -> list[int]:
     """The rows whose prefixes go on, in their order.
+
+    Those with which a known text begins are nobody's rivals: another text may begin as it does, or a little like it.
 
     Args:
         paths: The rows before them.
         made: Rows of one length.
         order: Indices of those that may go on, the best first.
         outstanding: Indices of those of which all rows stand out so far.
+        known: Texts that were told before. Where there are some, few are left to be found, and more rivals go on.
     """
     order, best = _unlike(paths, made, order), dict[tuple[int, ...], float]()
+    begun = {text[: made[0].position + 1] for text in known}
     chosen, counts = [], Counter[tuple[int, ...]]()
     for index in order:
         root = made[index].root
+        if begun and paths.text(made[index]) in begun:
+            chosen.append(index)
+            continue
         best.setdefault(root, made[index].total)
-        if counts[root] < _room(made[index], best[root], outstanding=index in outstanding):
+        if counts[root] < _room(made[index], best[root], outstanding=index in outstanding, further=bool(known)):
             counts[root] += 1
             chosen.append(index)
     return chosen
 
 
-def _room(row: Row, best: float, *, outstanding: bool) -> int:
+def _room(row: Row, best: float, *, outstanding: bool, further: bool) -> int:
     """How many prefixes of a beginning may go on, if one that ends in this row is to be among them.
 
     A beginning none of whose first rows stands out keeps its best: the row may be weak, not the text false. Later on, a
     prefix hardly makes up for a whole row.
     """
-    if len(row.root) == 1:
-        return constants().widest_beam if outstanding else 0 if row.parent is None else constants().beam
+    if len(row.root) < constants().beginning:
+        most = constants().widest_beam if outstanding else 0 if row.parent is None else constants().beam
+        return -(-most // len(row.root))
     behind = (best - row.total) / max(best, 1e-3) * (row.position + 1)
+    if further:
+        return constants().rivals_left if behind <= constants().behind_left else 0
     return constants().rivals if behind <= constants().behind else 0
 
 
