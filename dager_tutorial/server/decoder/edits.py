@@ -54,7 +54,8 @@ def nearby(
     longer: list[dict[Prefix, float]] = [{} for _ in texts]
     for edit, gain in walk.gains():
         own = texts[edit.text]
-        other, mine = edit.of(own), (longer if edit.place == len(own) else inside)[edit.text]
+        other = edit.of(own)
+        mine = (longer if other[: len(own)] == own else inside)[edit.text]
         if other != own and len(other) <= ranking.passage.adapter.max_positions:
             mine[other] = max(gain, mine.get(other, gain))
     most = constants().mended_everywhere if everywhere else constants().mended_tried
