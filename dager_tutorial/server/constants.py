@@ -188,7 +188,11 @@ class Constants:
     mended_longer: float = _constant(0.25, "share of those neighbours that go on behind its end", "chosen")
     left_over: float = _constant(0.15, "share that known texts leave of the row of a token of others", "measured")
     common: int = _constant(2, "known texts that hold a token which others may hold, too", "measured")
-    most_left_over: float = _constant(0.35, "share of the known texts' tokens left over that tells nothing", "chosen")
+    beyond_drift: float = _constant(2.0, "times what known texts leave of most of their rows that is more", "measured")
+    most_drifted: float = _constant(0.35, "the same above which rows tell nothing", "chosen")
+    most_left_over: float = _constant(
+        0.7, "share of the tokens above which those that are not left over help little", "chosen"
+    )
     own_rows: float = _constant(2.0, "outstanding rows that a text needs which no better text has", "chosen")
     own_share: float = _constant(0.4, "and the share of its evidence that they are", "chosen")
     # Decoder search where an adapter is narrower than its text is long

@@ -5,7 +5,7 @@ Chapter `12_federated`.
 A token's row sums the slopes at the places where it stands, whatever else the batch holds. The slopes of a known text
 follow from the model halfway and from its end: there the last block's MLP output map has a gradient of one product for
 each text, of what enters the map and of the slope behind it. What these leave of the row of a token that stands in
-known texts alone is what drifted; the row of any other token stays.
+known texts alone is what drifted, much the same for most of them; the row of any other token stays.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def left_over(
     Returns:
         Those whose rows the texts leave over, those of the doubtful texts, and those that several of the known texts
         hold, since another one that holds such a token hardly shows in its row; all of them where the rows or the last
-        block's MLP output map were not shared, where too much drifted for the rows to tell, or where the model is read
-        from disk block by block.
+        block's MLP output map were not shared, where too much drifted for the rows to tell, where few texts are known,
+        or where the model is read from disk block by block.
     """
     if not texts or is_streamed(adapter.network):  # no way back through blocks on disk
         return candidates
@@ -59,13 +59,13 @@ def left_over(
         return candidates
     tokens = candidates.distinct()
     held = Counter(token for text in texts for token in set(text))
-    common = torch.tensor([held[token] >= constants().common for token in tokens.tolist()], device=tokens.device)
-    left = _left(precise(rows[tokens]), _known(adapter, texts, precise(ends), tokens))
-    others = left > constants().left_over
-    once = torch.tensor([held[token] > 0 for token in tokens.tolist()], device=tokens.device) & ~common
-    if others[once].float().sum() >= constants().most_left_over * once.sum():
+    counts = torch.tensor([held[token] for token in tokens.tolist()], device=tokens.device)
+    common = counts >= constants().common
+    left, once = _left(precise(rows[tokens]), _known(adapter, texts, precise(ends), tokens)), (counts > 0) & ~common
+    drifted = float(left[once].median()) if bool(once.any()) else 0.0
+    others = common | (left > max(constants().left_over, constants().beyond_drift * drifted))
+    if drifted > constants().most_drifted or float(others.float().mean()) > constants().most_left_over:
         return candidates
-    others |= common
     maybe = tokens.new_tensor(sorted({token for text in doubtful for token in text}))
     return among(candidates, torch.cat([tokens[others], maybe]))
 
