@@ -190,6 +190,7 @@ def test_without_proof_a_text_ends_where_its_last_row_fits_best(tiny_gpt2: Langu
     leaves = tree.leaves()
     ends = LastBlock(adapter, last).ends(tree, leaves)
     assert tokens_of(tree, tuple(end.node for end in ends.values())) == truth(tiny_gpt2, texts)
-    assert all(end.sure for end in ends.values()) and not End(0, misfit=1.0, margin=9.0).sure
+    assert all(end.clear and end.agreed for end in ends.values())
+    assert not End(0, misfit=1.0, margin=9.0, agreed=True).clear and not End(0, 0.0, margin=0.1, agreed=True).clear
     one = {tap: span for tap, span in last.items() if tap.kind == MLP_OUTPUT}
     assert not LastBlock(adapter, one).ends(tree, leaves)

@@ -10,6 +10,7 @@ count for it.
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass, field, replace
 
@@ -91,7 +92,7 @@ class BeamSearch:
             front = self._grown(front, position, tokens)
             self.budget.report("search", len(self.paths.rows))
         self.texts = self._unexplained()
-        self._doubt()
+        self._doubt(constants().end_misfit)
         usual = [self.paths.mean(end) for end in self.texts if end in self.ends] or [0.0]
         least = constants().weak_text * statistics.median(usual)
         self.texts = [end for end in self.texts if self.paths.mean(end) >= least]
@@ -106,9 +107,8 @@ class BeamSearch:
             Whether the last block tells where each of the texts ends.
         """
         mended = mender.mended([self.paths.tokens(end) for end in self.texts], self.most_misfit)
-        ends = [self._replaced(*each) for each in zip(self.texts, mended, strict=True)]
         different: dict[tuple[int, ...], int] = {}
-        for end in ends:
+        for end in map(self._replaced, self.texts, mended):
             different.setdefault(self.paths.tokens(end), end)
         self.texts = [end for text, end in different.items() if end in self.ends or not repeats(text)]
         self._doubt()
@@ -125,13 +125,13 @@ class BeamSearch:
 
     @property
     def most_misfit(self) -> float:
-        """How badly a text may fit whose end is told: hardly worse than the others of the batch."""
+        """How badly a text may fit whose end is told: hardly worse than others."""
         found = [self.ends[end] for end in self.texts if end in self.ends]
         return statistics.median(found) + constants().end_beside if found else constants().end_misfit
 
-    def _doubt(self) -> None:
-        """Tell no ends of texts that fit far worse than the others."""
-        most = self.most_misfit
+    def _doubt(self, limit: float = math.inf) -> None:
+        """Tell no ends of texts that fit worse than a limit, or far worse than the others."""
+        most = min(limit, self.most_misfit)
         self.ends = {end: misfit for end, misfit in self.ends.items() if misfit <= most}
 
     @property
@@ -184,7 +184,7 @@ class BeamSearch:
         return _Front(tuple(node for node, _ in going), self.ranking.passage.grown(front.cache, extended.take(chosen)))
 
     def _new(self, front: _Front, rows: Rows, evidence: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """The evidence, little of it where a rotary model's text goes over its own words: those rows were counted."""
+        """The evidence, little of it where a text goes over its own words and a rotary model tells no places."""
         if not self.ranking.rotary:
             return evidence
         begun = [self.paths.tokens(node) for node in front.nodes] or [()]
@@ -200,8 +200,10 @@ class BeamSearch:
         """Those last rows of prefixes in which a text has surely ended; what lies behind its end stands out no more."""
         tree, places = self._grafted(nodes)
         rows = {place: row for row, place in places.items()}
-        found = self.last.ends(tree, [places[node] for node in nodes])
-        over = {node: found[places[node]] for node in nodes if places[node] in found}
+        found, most = self.last.ends(tree, [places[node] for node in nodes]), self.most_misfit
+        over = {
+            node: found[place] for node in nodes if (place := places[node]) in found and found[place].misfit <= most
+        }
         for node, end in over.items():
             row = rows[end.node]
             self.ends[row] = end.misfit

@@ -1,11 +1,11 @@
-"""Where texts end by the last block, where no gap proves it: all of its taps name the same place.
+"""Where texts end by the last block, where no gap proves it: there all of its taps together fit best.
 
 Chapter `12_federated`.
 
 Where a loss reads only each text's last token, the last block has rows of these tokens alone. A text's last row fits
-there better than the rows before it and any behind it, gap or no gap, and so it is at every tap; a text that is not
-there, or not yet whole, fits best here at one place and there at another. And since all blocks lie before it, this row
-tells of the whole text: it fits worse where a token is missing, wrong or one too many.
+there better than the rows before it and any behind it, gap or no gap, by far in the mean over the taps and mostly at
+each of them; of a text that is not there, or not yet whole, all rows fit about alike. And since all blocks lie before
+it, this row tells of the whole text: it fits worse where a token is missing, wrong or one too many.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ class End(NamedTuple):
     """Where a text ends.
 
     Attributes:
-        node: The prefix that all taps name.
+        node: The prefix that fits best.
         misfit: How badly it fits: the logarithm of its residual in units of a true row's, the mean over the taps.
-        margin: By how much the next best prefixes fit worse.
+        margin: By how much the next best prefix fits worse.
+        agreed: Whether it fits best at every single tap.
     """
 
     node: int
     misfit: float
     margin: float
+    agreed: bool
 
     @property
-    def sure(self) -> bool:
-        """Whether the text goes on nowhere: a true row has about the residual that it should have."""
-        return self.misfit <= constants().end_misfit and self.margin >= constants().end_margin
+    def clear(self) -> bool:
+        """Whether the text goes on nowhere: a prefix that is no end hardly fits better than those beside it."""
+        return self.misfit <= constants().seen_misfit and self.margin >= constants().seen_margin
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class LastBlock:
         return len(self.spans) >= 2
 
     def ends(self, tree: Tree, leaves: list[int]) -> dict[int, End]:
-        """For leaves the prefix on the way to each at which its text surely ends; without those on which there is none.
+        """For leaves the prefix on the way to each at which its text ends; without those on which none is clear.
 
         Args:
             tree: The likeliest prefixes.
@@ -72,7 +74,7 @@ class LastBlock:
             return {}
         ratios = last_ratios(self.adapter, tree, leaves, self.spans)
         found = {leaf: self._end(tree, leaf, ratios) for leaf in leaves}
-        return {leaf: end for leaf, end in found.items() if end is not None and end.sure}
+        return {leaf: end for leaf, end in found.items() if end is not None and end.clear}
 
     def singles_out(self, text: Prefix) -> bool:
         """Whether a text fits better than its prefixes at every tap, and by as much as a true end does.
@@ -82,7 +84,9 @@ class LastBlock:
         """
         tree = Tree.of({text: 1.0}, rotary=self.adapter.first_input.positions is None)
         end = self._end(tree, len(tree.nodes) - 1, last_ratios(self.adapter, tree, tree.leaves(), self.spans))
-        return end is not None and end.node == len(tree.nodes) - 1 and end.margin >= constants().end_margin
+        if end is None or not end.agreed or end.node != len(tree.nodes) - 1:
+            return False
+        return end.margin >= constants().end_margin
 
     def misfits(self, texts: Sequence[Prefix]) -> list[float]:
         """How badly texts fit as whole ones: as `End.misfit`, of their last rows; infinite where no tap can tell.
@@ -106,18 +110,19 @@ class LastBlock:
         return math.log(max(ratio, 1e-30)) + math.log(self.spans[tap].bound)
 
     def _end(self, tree: Tree, leaf: int, ratios: Mapping[Tap, Mapping[int, float]]) -> End | None:
-        """The one prefix on the way to a leaf that fits best at every tap."""
-        best: set[int] = set()
-        misfits, margins = [], []
-        for tap, found in ratios.items():
-            order = sorted(_counting(tree, tap, found, tree.path(leaf)), key=found.__getitem__)
-            if not order:
-                continue
-            logs = [self._log(tap, found[index]) for index in order[:2]]
-            best.add(order[0])
-            misfits.append(logs[0])
-            margins.append(logs[-1] - logs[0])
-        return End(best.pop(), statistics.mean(misfits), statistics.mean(margins)) if len(best) == 1 else None
+        """The prefix on the way to a leaf that fits best; None where no tap says anything of one."""
+        logs = [
+            {node: self._log(tap, found[node]) for node in _counting(tree, tap, found, tree.path(leaf))}
+            for tap, found in ratios.items()
+        ]
+        said = [each for each in logs if each]
+        if not said:
+            return None
+        means = {node: statistics.mean(each[node] for each in said) for node in set.intersection(*map(set, said))}
+        order = sorted(means, key=means.__getitem__)
+        margin = means[order[1]] - means[order[0]] if len(order) > 1 else 0.0
+        agreed = all(min(each, key=each.__getitem__) == order[0] for each in said)
+        return End(order[0], means[order[0]], margin, agreed)
 
 
 def _counting(tree: Tree, tap: Tap, found: Mapping[int, float], nodes: Sequence[int]) -> list[int]:
