@@ -43,7 +43,7 @@ class End(NamedTuple):
     @property
     def clear(self) -> bool:
         """Whether the text goes on nowhere: a prefix that is no end hardly fits better than those beside it."""
-        return self.misfit <= constants().seen_misfit and self.margin >= constants().seen_margin
+        return self.misfit <= constants().seen_misfit and self.margin >= constants().end_margin
 
 
 @dataclass(frozen=True)
