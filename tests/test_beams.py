@@ -278,9 +278,11 @@ def test_a_beginning_keeps_what_is_hardly_behind_its_best() -> None:
     order = sorted(range(len(made)), key=lambda index: -made[index].total)
     assert constants().behind == 0.6
     assert going_on(paths, made, order, set()) == [0, 2, 3, 1]  # the weak text's beginning is another
-    with varied(rivals_left=1):
-        told = [paths.text(made[0])]
+    told = [paths.text(made[0])]
+    with varied(rivals=1):
         assert going_on(paths, made, order, set(), told) == [0, 2, 1]  # beside a known text one that begins as it does
+    with varied(rivals_left=1):
+        assert going_on(paths, made, order, set(), [(0, 0)]) == [0, 1]
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple), max_size=6))

@@ -32,10 +32,12 @@ def going_on(
         made: Rows of one length.
         order: Indices of those that may go on, the best first.
         outstanding: Indices of those of which all rows stand out so far.
-        known: Texts that were told before. Where there are some, few are left to be found, and more rivals go on.
+        known: Texts that were told before. Where there are some, few are left to be found, and of what begins unlike
+            them more rivals go on.
     """
     order, best = _unlike(paths, made, order), dict[tuple[int, ...], float]()
     begun = {text[: made[0].position + 1] for text in known}
+    alike = {text[: constants().first_tokens] for text in known}
     chosen, counts = [], Counter[tuple[int, ...]]()
     for index in order:
         root = made[index].root
@@ -43,7 +45,8 @@ def going_on(
             chosen.append(index)
             continue
         best.setdefault(root, made[index].total)
-        if counts[root] < _room(made[index], best[root], outstanding=index in outstanding, further=bool(known)):
+        further = bool(known) and root[: constants().first_tokens] not in alike
+        if counts[root] < _room(made[index], best[root], outstanding=index in outstanding, further=further):
             counts[root] += 1
             chosen.append(index)
     return chosen
@@ -56,8 +59,9 @@ def _room(row: Row, best: float, *, outstanding: bool, further: bool) -> int:
     prefix hardly makes up for a whole row.
     """
     if len(row.root) < constants().beginning:
-        most = constants().widest_beam if outstanding else 0 if row.parent is None else constants().beam
-        return -(-most // len(row.root))
+        if outstanding:
+            return constants().widest_beam // len(row.root)
+        return 0 if row.parent is None else constants().beam
     behind = (best - row.total) / max(best, 1e-3) * (row.position + 1)
     if further:
         return constants().rivals_left if behind <= constants().behind_left else 0
