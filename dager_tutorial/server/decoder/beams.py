@@ -80,9 +80,9 @@ class BeamSearch:
         Args:
             ranking: Weighs extensions.
         """
-        self.ranking, self.usually = ranking, 0.0
+        self.ranking, self.known = ranking, self.told
+        self.usually = self._usual() if ranking.rotary else 0.0  # of learned positions, earlier runs had other taps
         self._forget()
-        self.known = self.told
         self.common = max(len(self.candidates.prompt), shared(self.known)) + constants().alike
         front = _Front((), ranking.passage.empty())
         for position in range(ranking.passage.adapter.max_positions):
@@ -93,9 +93,7 @@ class BeamSearch:
             self.budget.report("search", len(self.paths.rows))
         self.texts = self._unexplained()
         self._doubt(constants().end_misfit)
-        usual = [self.paths.mean(end) for end in self.texts if end in self.ends] or [0.0]
-        least = constants().weak_text * statistics.median(usual)
-        self.texts = [end for end in self.texts if self.paths.mean(end) >= least]
+        self.texts = [end for end in self.texts if self.paths.mean(end) >= constants().weak_text * self._usual()]
 
     def mend(self, mender: Mender) -> bool:
         """Put mended texts in the places of those that fit worse, and drop what hardly is a text.
@@ -128,6 +126,10 @@ class BeamSearch:
         """How badly a text may fit whose end is told: hardly worse than others."""
         found = [self.ends[end] for end in self.texts if end in self.ends]
         return statistics.median(found) + constants().end_beside if found else constants().end_misfit
+
+    def _usual(self) -> float:
+        """The mean evidence of a row in the usual text of those whose ends are told."""
+        return statistics.median([self.paths.mean(end) for end in self.texts if end in self.ends] or [0.0])
 
     def _doubt(self, limit: float = math.inf) -> None:
         """Tell no ends of texts that fit worse than a limit, or far worse than the others."""
@@ -229,16 +231,14 @@ class BeamSearch:
     def _kept(self, places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"], made: list[Row]) -> list[int]:
         """Indices of the rows that go on."""
         position = made[0].position
-        begins, second = position == 0, position == len(self.candidates.prompt) + 1
+        begins, second = not position, position == len(self.candidates.prompt) + 1
         needed = self._needed(len(made), 1.0 if begins else constants().false_alarms)
         share = 0.0 if begins else constants().beside_second if second else constants().beside_best
         beside = near_best(places, evidence, share) if share else torch.ones_like(evidence, dtype=torch.bool)
         rivals = ((evidence >= needed) & beside).nonzero()[:, 0].tolist()
         kept = {index for index in rivals if not made[index].doubtful}
         order = sorted(beside.nonzero()[:, 0].tolist(), key=lambda index: -made[index].total)
-        best: dict[tuple[int, ...], float] = {}
-        for index in order:
-            best.setdefault(made[index].root, made[index].total)
+        best = {made[index].root: made[index].total for index in reversed(order)}
         self.usually = max(self.usually, statistics.median(best.values()) / (position + 1))
         least = constants().beside_others * self.usually * (position + 1)
         order = [index for index in order if begins or made[index].total >= least]
