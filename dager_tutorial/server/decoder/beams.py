@@ -82,6 +82,7 @@ class BeamSearch:
         """
         self.ranking, self.known = ranking, self.told
         self.usually = self._usual() if ranking.rotary else 0.0  # of learned positions, earlier runs had other taps
+        before = {end for end in self.texts if end not in self.ends and ranking.rotary}
         self._forget()
         self.common = max(len(self.candidates.prompt), shared(self.known)) + constants().alike
         front = _Front((), ranking.passage.empty())
@@ -91,7 +92,7 @@ class BeamSearch:
                 break
             front = self._grown(front, position, tokens)
             self.budget.report("search", len(self.paths.rows))
-        self.texts = self._unexplained()
+        self.texts = self._unexplained(before)
         self._doubt(constants().end_misfit)
         self.texts = [end for end in self.texts if self.paths.mean(end) >= constants().weak_text * self._usual()]
 
@@ -225,16 +226,15 @@ class BeamSearch:
         root = before.root if position > prompted else (token,)  # a prompt is not the text's own
         if position - prompted in (constants().first_tokens, constants().beginning):
             root = self.paths.tokens(front.nodes[place])[prompted:]
-        total = before.total + evidence
-        return Row(front.nodes[place], token, root, position, evidence, total, strong, weak, doubtful)
+        return Row(front.nodes[place], token, root, position, evidence, before.total + evidence, strong, weak, doubtful)
 
     def _kept(self, places: Int[Tensor, " rows"], evidence: Float[Tensor, " rows"], made: list[Row]) -> list[int]:
         """Indices of the rows that go on."""
-        position = made[0].position
-        begins, second = not position, position == len(self.candidates.prompt) + 1
+        begins, position = made[0].parent is None, made[0].position
         needed = self._needed(len(made), 1.0 if begins else constants().false_alarms)
-        share = 0.0 if begins else constants().beside_second if second else constants().beside_best
-        beside = near_best(places, evidence, share) if share else torch.ones_like(evidence, dtype=torch.bool)
+        second = position == len(self.candidates.prompt) + 1
+        share = constants().beside_second if second else constants().beside_best
+        beside = torch.ones_like(evidence, dtype=torch.bool) if begins else near_best(places, evidence, share)
         rivals = ((evidence >= needed) & beside).nonzero()[:, 0].tolist()
         kept = {index for index in rivals if not made[index].doubtful}
         order = sorted(beside.nonzero()[:, 0].tolist(), key=lambda index: -made[index].total)
@@ -249,10 +249,10 @@ class BeamSearch:
         """The evidence that chance gives so many pairs too rarely to matter."""
         return chance_quantile(min(0.3, (constants().garbage if alarms is None else alarms) / tried))
 
-    def _unexplained(self) -> list[int]:
-        """Last rows of the texts that have rows of their own, the best text first."""
+    def _unexplained(self, before: set[int]) -> list[int]:
+        """Last rows of the texts, some from before among them, that have rows of their own, the best text first."""
         self._over([leaf for leaf in self._leaves() if leaf not in self.ends])
-        ends = {self._ended(index) for index in self._leaves()}
+        ends = before | {self._ended(index) for index in self._leaves()}
         return self._with_own_rows(ends, least=constants().own_rows * self._needed(len(self.candidates.distinct())))
 
     def _own(self, nodes: set[int]) -> set[int]:
