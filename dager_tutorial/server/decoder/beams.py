@@ -94,7 +94,8 @@ class BeamSearch:
             self.budget.report("search", len(self.paths.rows))
         self.texts = self._unexplained(before)
         self._doubt(constants().end_misfit)
-        self.texts = [end for end in self.texts if self.paths.mean(end) >= constants().weak_text * self._usual()]
+        least = constants().weak_text * self._usual()
+        self.texts = [end for end in self.texts if self.paths.mean(end) >= least]
 
     def mend(self, mender: Mender) -> bool:
         """Put mended texts in the places of those that fit worse, and drop what hardly is a text.
@@ -232,8 +233,7 @@ class BeamSearch:
         """Indices of the rows that go on."""
         begins, position = made[0].parent is None, made[0].position
         needed = self._needed(len(made), 1.0 if begins else constants().false_alarms)
-        second = position == len(self.candidates.prompt) + 1
-        share = constants().beside_second if second else constants().beside_best
+        share = constants().beside_second if position == len(self.candidates.prompt) + 1 else constants().beside_best
         beside = torch.ones_like(evidence, dtype=torch.bool) if begins else near_best(places, evidence, share)
         rivals = ((evidence >= needed) & beside).nonzero()[:, 0].tolist()
         kept = {index for index in rivals if not made[index].doubtful}
