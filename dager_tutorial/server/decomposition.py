@@ -178,19 +178,26 @@ def _taken_apart(matrix: Tensor, basis: Tensor, floor: float) -> Signal:
     heard = basis.T @ matrix.T
     _, values, rows = torch.linalg.svd(torch.linalg.qr(heard.T, mode="r").R)
     directions = basis @ rows.T
-    energy, fourth = _behind(matrix, directions)
+    energy, fourth, mixed = _behind(matrix, directions)
     rank = numerical_rank(values, len(matrix), floor, inputs=matrix.shape[1], beyond=energy)
     behind = tail_of(values[rank:])
-    tail = Tail(behind.energy + energy, behind.fourth + fourth, behind.largest)
+    # Noise within the sketch and noise outside are not orthogonal to each other: their product counts twice.
+    fourth += behind.fourth + 2 * mixed[rank:].sum().item()
+    tail = Tail(behind.energy + energy, fourth, behind.largest)
     return Signal(values[:rank], directions[:, :rank], tail, None, floor)
 
 
-def _behind(matrix: Tensor, directions: Tensor) -> tuple[float, float]:
-    """Energy and fourth powers of what lies outside some directions, from random probes (Hutchinson)."""
+def _behind(matrix: Tensor, directions: Tensor) -> tuple[float, float, Float[Tensor, " directions"]]:
+    """What lies outside some directions, from random probes (Hutchinson).
+
+    Returns:
+        Its energy; its fourth powers; and the square of its product with each of the directions.
+    """
     draw, count = torch.Generator().manual_seed(PROBE_SEED), constants().noise_probes
     probes = torch.randn(count, matrix.shape[1], generator=draw, dtype=torch.float64).to(matrix.device)
     probes = probes - (probes @ directions) @ directions.T
     heard = probes @ matrix.T
     back = heard @ matrix
-    back = back - (back @ directions) @ directions.T
-    return heard.square().sum().item() / count, back.square().sum().item() / count
+    inside = back @ directions
+    back = back - inside @ directions.T
+    return heard.square().sum().item() / count, back.square().sum().item() / count, inside.square().sum(0) / count
