@@ -87,19 +87,18 @@ def left_of(
 
 @every("tiny_gpt2", "tiny_llama")
 def test_texts_that_are_known_leave_over_the_tokens_of_the_others(model: LanguageModel) -> None:
-    update, truth = play_locally(model, TEXTS, config=FOUR, training=LocalTraining(4, 2, 1e-2))
+    update, truth = play_locally(model, TEXTS, config=FOUR, training=LocalTraining(4, 2, 1e-3))
     texts, named = list(truth.sequences), left_of(model, update, [])
     for missing in texts:
         known = [text for text in texts if text != missing]
         held = {token for token in named if any(token in text for text in known)}
         common = {token for token in held if sum(token in text for text in known) > 1}
-        with varied(most_left_over=2.0, left_over=0.3):
-            left = left_of(model, update, known)
-            assert left_of(model, update, known, known[:1]) == left | named & set(known[0])
+        left = left_of(model, update, known)
+        assert left_of(model, update, known, known[:1]) == left | named & set(known[0])
         assert named & set(missing) - held | common <= left <= named & set(missing) | common
     assert left_of(model, update, texts[:1]) == named  # most of the tokens are left: too many to be sure of any
     assert left_of(model, update, [text[::-1] for text in texts]) == named
-    frozen = local_update(model, TEXTS, config=FOUR, training=LocalTraining(4, 2, 1e-2, frozen_embeddings=True))
+    frozen = local_update(model, TEXTS, config=FOUR, training=LocalTraining(4, 2, 1e-3, frozen_embeddings=True))
     assert left_of(model, frozen, texts) >= named
 
 

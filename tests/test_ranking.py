@@ -44,6 +44,14 @@ def test_what_a_token_does_behind_any_prefix_is_no_evidence(model: LanguageModel
     assert own[0, :4].abs().min(1).values.max() > 0
 
 
+@every("tiny_gpt2", "tiny_llama")
+def test_where_no_extension_is_left_none_goes_on(model: LanguageModel) -> None:
+    passage = _ranking(model).passage
+    nobody = torch.zeros(0, dtype=torch.long)
+    rows = passage.through(passage.enter(nobody, nobody, 0), passage.empty(), passage.halves)
+    assert rows.features().shape == (0, 2)
+
+
 def test_where_tokens_are_too_many_nothing_is_told_of_them(tiny_gpt2: LanguageModel) -> None:
     ranking = _ranking(tiny_gpt2)
     passage = ranking.passage
