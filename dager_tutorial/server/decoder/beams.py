@@ -10,8 +10,8 @@ count for it.
 
 from __future__ import annotations
 
-import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,6 +27,7 @@ from dager_tutorial.server.decoder.passage import Cache, Rows
 from dager_tutorial.server.decoder.paths import Paths, Row, repeats, said_again, shared
 from dager_tutorial.server.decoder.ranking import Ranking, near_best
 from dager_tutorial.server.decoder.rivals import going_on
+from dager_tutorial.server.decoder.seen_ends import SeenEnds
 from dager_tutorial.server.decoder.tree import Tree
 from dager_tutorial.server.odds import chance_quantile
 from dager_tutorial.server.token_filter import Candidates
@@ -56,9 +57,9 @@ class BeamSearch:
         ranking: Weighs extensions.
         paths: All rows that were ever kept.
         usually: The evidence of a row in the usual text, at the position where it was most.
-        ends: Rows at which texts end by the last block, and how badly they fit there.
+        ends: Rows at which texts end by the last block.
         texts: Last rows of the texts that nothing better explains.
-        known: Texts that earlier runs told.
+        known: Texts of earlier runs whose ends the last block sees.
         common: With how many tokens another text may begin as one of them does.
     """
 
@@ -68,19 +69,20 @@ class BeamSearch:
     ranking: Ranking = field(init=False)
     paths: Paths = field(default_factory=Paths)
     usually: float = 0.0
-    ends: dict[int, float] = field(default_factory=dict)
+    ends: SeenEnds = field(default_factory=SeenEnds)
     texts: list[int] = field(default_factory=list)
     known: list[tuple[int, ...]] = field(default_factory=list)
     common: int = 0
 
     @torch.no_grad()
     def run(self, ranking: Ranking) -> None:
-        """Grow until no beam has stood out for a while; of earlier runs the texts stay whose ends the last block tells.
+        """Grow until no beam has stood out for a while; of earlier runs the texts stay whose ends the last block sees.
 
         Args:
             ranking: Weighs extensions.
         """
-        self.ranking, self.known = ranking, self.told
+        self.ranking = ranking
+        self.known = [self.paths.tokens(end) for end in self.texts if end in self.ends]
         self.usually = self._usual() if ranking.rotary else 0.0  # of learned positions, earlier runs had other taps
         before = {end for end in self.texts if end not in self.ends and ranking.rotary}
         self._forget()
@@ -93,7 +95,7 @@ class BeamSearch:
             front = self._grown(front, position, tokens)
             self.budget.report("search", len(self.paths.rows))
         self.texts = self._unexplained(before)
-        self._doubt(constants().end_misfit)
+        self.ends.doubt(self.texts, constants().end_misfit)
         least = constants().weak_text * self._usual()
         self.texts = [end for end in self.texts if self.paths.mean(end) >= least]
 
@@ -106,37 +108,30 @@ class BeamSearch:
         Returns:
             Whether the last block tells where each of the texts ends.
         """
-        mended = mender.mended([self.paths.tokens(end) for end in self.texts], self.most_misfit)
+        limits = self.ends.most_misfit(self.texts), self.ends.seen_misfit(self.texts)
+        mended = mender.mended([self.paths.tokens(end) for end in self.texts], *limits)
         different: dict[tuple[int, ...], int] = {}
         for end in map(self._replaced, self.texts, mended):
             different.setdefault(self.paths.tokens(end), end)
         self.texts = [end for text, end in different.items() if end in self.ends or not repeats(text)]
-        self._doubt()
-        return all(end in self.ends for end in self.texts)
+        self.ends.doubt(self.texts)
+        # Where a text that may be wrong ends as another one does, its search ran into that text's tail.
+        tails = Counter(text[-constants().alike :] for text in different)
+        own = {end for text, end in different.items() if tails[text[-constants().alike :]] == 1}
+        self.ends.keep([end for end in self.texts if end in own or end not in self.ends.doubted])
+        return not self.untold
 
     def _replaced(self, end: int, mended: Mended) -> int:
         """Last row of what was mended, which may be the text itself."""
         if mended.text != self.paths.tokens(end):
-            self.ends.pop(end, None)
             end = self.paths.replaced(end, mended.text)
-        if mended.told:
-            self.ends[end] = mended.misfit
+        if mended.told or mended.misfit <= self.ends.seen_misfit(self.texts):
+            self.ends.add(end, mended.misfit, told=mended.told)
         return end
-
-    @property
-    def most_misfit(self) -> float:
-        """How badly a text may fit whose end is told: hardly worse than others."""
-        found = [self.ends[end] for end in self.texts if end in self.ends]
-        return statistics.median(found) + constants().end_beside if found else constants().end_misfit
 
     def _usual(self) -> float:
         """The mean evidence of a row in the usual text of those whose ends are told."""
-        return statistics.median([self.paths.mean(end) for end in self.texts if end in self.ends] or [0.0])
-
-    def _doubt(self, limit: float = math.inf) -> None:
-        """Tell no ends of texts that fit worse than a limit, or far worse than the others."""
-        most = min(limit, self.most_misfit)
-        self.ends = {end: misfit for end, misfit in self.ends.items() if misfit <= most}
+        return statistics.median([self.paths.mean(end) for end in self.ends.told(self.texts)] or [0.0])
 
     @property
     def tree(self) -> Tree:
@@ -146,16 +141,17 @@ class BeamSearch:
     @property
     def told(self) -> list[tuple[int, ...]]:
         """Those of them whose ends the last block tells."""
-        return [self.paths.tokens(end) for end in self.texts if end in self.ends]
+        return [self.paths.tokens(end) for end in self.ends.told(self.texts)]
 
     @property
     def untold(self) -> list[tuple[int, ...]]:
         """The others."""
-        return [self.paths.tokens(end) for end in self.texts if end not in self.ends]
+        told = set(self.ends.told(self.texts))
+        return [self.paths.tokens(end) for end in self.texts if end not in told]
 
     def _forget(self) -> None:
-        """Leave nothing but the texts whose ends the last block tells."""
-        self.ends = {end: self.ends[end] for end in self.texts if end in self.ends}
+        """Leave nothing but the texts whose ends the last block sees."""
+        self.ends.keep(self.texts)
         kept = {step for end in self.ends for step in self.paths.path(end)}
         self.paths.rows = [
             row if index in kept else replace(row, strong=False) for index, row in enumerate(self.paths.rows)
@@ -188,11 +184,11 @@ class BeamSearch:
         return _Front(tuple(node for node, _ in going), self.ranking.passage.grown(front.cache, extended.take(chosen)))
 
     def _new(self, front: _Front, rows: Rows, evidence: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """The evidence, little of it where a text goes over its own words and a rotary model tells no places."""
+        """The evidence, little of it where a text goes over its own words, or a known one's, and no place is told."""
         if not self.ranking.rotary:
             return evidence
         begun = [self.paths.tokens(node) for node in front.nodes] or [()]
-        again = said_again(begun, rows.places.tolist(), rows.tokens.tolist())
+        again = said_again(begun, rows.places.tolist(), rows.tokens.tolist(), self.known)
         return torch.where(torch.tensor(again, device=evidence.device), constants().again * evidence, evidence)
 
     def _known(self, row: Row) -> bool:
@@ -204,13 +200,14 @@ class BeamSearch:
         """Those last rows of prefixes in which a text has surely ended; what lies behind its end stands out no more."""
         tree, places = self._grafted(nodes)
         rows = {place: row for row, place in places.items()}
-        found, most = self.last.ends(tree, [places[node] for node in nodes]), self.most_misfit
+        found, most = self.last.ends(tree, [places[node] for node in nodes]), self.ends.most_misfit(self.texts)
+        least = max(most, self.ends.seen_misfit(self.texts))
         over = {
-            node: found[place] for node in nodes if (place := places[node]) in found and found[place].misfit <= most
+            node: found[place] for node in nodes if (place := places[node]) in found and found[place].misfit <= least
         }
         for node, end in over.items():
             row = rows[end.node]
-            self.ends[row] = end.misfit
+            self.ends.add(row, end.misfit, told=end.misfit <= most)
             for step in self.paths.path(node):
                 if step >= row:
                     self.paths.rows[step] = replace(self.paths.rows[step], strong=step == row)

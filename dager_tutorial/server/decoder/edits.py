@@ -10,7 +10,7 @@ rows fit better in the first blocks than they do in the text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from heapq import nlargest
+from heapq import nlargest, nsmallest
 from statistics import median
 from typing import NamedTuple
 
@@ -19,16 +19,31 @@ from torch import Tensor
 
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.decoder.missing import Missing
 from dager_tutorial.server.decoder.passage import Cache, Prefix, Rows
 from dager_tutorial.server.decoder.ranking import Ranking
 from dager_tutorial.server.token_filter import Candidates
+
+
+class Draft(NamedTuple):
+    """A text that may be wrong.
+
+    Attributes:
+        text: Token ids.
+        changed: Where it was changed last, and may still be wrong; None where it was not.
+        unheld: Tokens that are known to stand somewhere, and that no text holds.
+    """
+
+    text: Prefix
+    changed: int | None = None
+    unheld: frozenset[int] = frozenset()
 
 
 class Nearby(NamedTuple):
     """What lies near a text.
 
     Attributes:
-        gains: Texts that differ from it in one token behind its first, the likeliest ones, and how much more evidence
+        gains: Texts that differ from it at one place behind its first, the likeliest ones, and how much more evidence
             their rows have, in units of a usual row of the text.
         steady: Whether none of its rows has far less evidence than those before, so that it may hardly be wrong.
     """
@@ -38,22 +53,23 @@ class Nearby(NamedTuple):
 
 
 def nearby(
-    ranking: Ranking, candidates: Candidates, texts: Sequence[Prefix], budget: Budget, *, everywhere: bool
+    ranking: Ranking, candidates: Candidates, drafts: Sequence[Draft], budget: Budget, *, everywhere: bool
 ) -> list[Nearby]:
     """The likeliest neighbours of texts.
 
     Args:
         ranking: Weighs extensions by the first blocks.
         candidates: Tokens that may stand at each position.
-        texts: Token ids.
+        drafts: The texts.
         budget: What it may cost.
-        everywhere: Whether a text may be wrong at places, too, where its rows do not fall; then there are more of them.
+        everywhere: Whether a text may be wrong at places, too, where its rows do not fall, and leave several tokens
+            out; then there are more of them.
     """
-    walk = _Walk(ranking, candidates, texts, budget, everywhere=everywhere)
-    inside: list[dict[Prefix, float]] = [{} for _ in texts]
-    longer: list[dict[Prefix, float]] = [{} for _ in texts]
+    walk = _Walk(ranking, candidates, drafts, budget, everywhere=everywhere)
+    inside: list[dict[Prefix, float]] = [{} for _ in drafts]
+    longer: list[dict[Prefix, float]] = [{} for _ in drafts]
     for edit, gain in walk.gains():
-        own = texts[edit.text]
+        own = drafts[edit.text].text
         other = edit.of(own)
         mine = (longer if other[: len(own)] == own else inside)[edit.text]
         if other != own and len(other) <= ranking.passage.adapter.max_positions:
@@ -63,24 +79,23 @@ def nearby(
 
 
 class _Edit(NamedTuple):
-    """A text with another token at a place.
+    """A text with other tokens at a place.
 
     Attributes:
         text: Index of the text.
         place: Where it differs.
-        token: The token that stands there then; None where one is left out.
-        skips: How many of the text's own tokens it replaces: none where one is put in.
+        tokens: The tokens that stand there then; none where one is left out.
+        skips: How many of the text's own tokens they replace: none where they are put in.
     """
 
     text: int
     place: int
-    token: int | None
+    tokens: Prefix
     skips: int
 
     def of(self, text: Prefix) -> Prefix:
         """The text, edited."""
-        added = () if self.token is None else (self.token,)
-        return (*text[: self.place], *added, *text[self.place + self.skips :])
+        return (*text[: self.place], *self.tokens, *text[self.place + self.skips :])
 
 
 class _Walk:
@@ -90,13 +105,14 @@ class _Walk:
         self,
         ranking: Ranking,
         candidates: Candidates,
-        texts: Sequence[Prefix],
+        drafts: Sequence[Draft],
         budget: Budget,
         *,
         everywhere: bool,
     ) -> None:
-        self.ranking, self.candidates, self.texts, self.budget = ranking, candidates, texts, budget
+        self.ranking, self.candidates, self.drafts, self.budget = ranking, candidates, drafts, budget
         self.everywhere = everywhere
+        self.texts = texts = [draft.text for draft in drafts]
         self.longest = max(map(len, texts))
         self.cache, misfits = self._through(ranking.passage.empty(), texts, 0, self.longest)
         # Positions are alike behind the first, and what false rows do at one of them tells for all.
@@ -111,7 +127,7 @@ class _Walk:
             if self.budget.late:
                 return
             here = [index for index in range(len(self.texts)) if self._doubtful(index, place)]
-            edits = list(self._proposed(here, place)) if here else []
+            edits = [*self._proposed(here, place), *self._left_out(here, place)] if here else []
             yield from zip(edits, self._gained(edits, place), strict=True)
 
     def nearby(self, index: int, most: int, inside: dict[Prefix, float], longer: dict[Prefix, float]) -> Nearby:
@@ -126,11 +142,13 @@ class _Walk:
         return Nearby({text: gain / usual for text, gain in best.items()}, self.steady(index))
 
     def _doubtful(self, index: int, place: int) -> bool:
-        """Whether a text may be wrong at a place: its row there, or the next one, falls, or another may stand there."""
+        """Whether a text may be wrong at a place: its row falls there or next, or it was changed there, or ends."""
         length = len(self.texts[index])
-        if self.everywhere:
-            return place <= length
-        return place == length or any(self._falls(index, at) for at in range(place, min(place + 2, length)))
+        if self.everywhere and place in self._weakest(index, constants().mended_weakest):
+            return True
+        if place == length or self.drafts[index].changed in (place, place - 1):
+            return True
+        return any(self._falls(index, at) for at in range(place, min(place + 2, length)))
 
     def usual(self, index: int) -> float:
         """The evidence of a usual row of a text."""
@@ -142,9 +160,13 @@ class _Walk:
 
     def _falls(self, index: int, place: int) -> bool:
         """Whether a text's row at a place has far less evidence than those just before."""
+        return self._beside(index, place) < constants().mended_places
+
+    def _beside(self, index: int, place: int) -> float:
+        """The evidence of a text's row at a place, in units of the usual one just before."""
         own = self.own[index]
         before = own[max(1, place - constants().mended_before) : place] or own[:1]
-        return own[place] < constants().mended_places * median(before)
+        return own[place] / max(median(before), 1e-3)
 
     def _proposed(self, here: list[int], place: int) -> Iterator[_Edit]:
         """Edits at a place of some texts, with the tokens that fit best there."""
@@ -154,11 +176,26 @@ class _Walk:
         for at, index in enumerate(here):
             inside = place < len(self.texts[index])
             if inside:
-                yield _Edit(index, place, None, 1)
+                yield _Edit(index, place, (), 1)
             for token in [] if rows is None else self._best(rows, at):
-                yield _Edit(index, place, token, 0)
+                yield _Edit(index, place, (token,), 0)
                 if inside:
-                    yield _Edit(index, place, token, 1)
+                    yield _Edit(index, place, (token,), 1)
+
+    def _left_out(self, here: list[int], place: int) -> Iterator[_Edit]:
+        """Edits that put several tokens in at a place of some texts, where its rows are weakest."""
+        for index in here:
+            draft = self.drafts[index]
+            if self.everywhere and place in self._weakest(index, constants().missing_places):
+                unheld = torch.tensor(sorted(draft.unheld), dtype=torch.long, device=self.ranking.batch_tokens.device)
+                missing = Missing(self.ranking, self.candidates, self.chance, unheld)
+                for tokens in missing.strings(self._before([index], place), draft.text[0], place):
+                    yield _Edit(index, place, tokens, 0)
+                    yield _Edit(index, place, tokens, 1)
+
+    def _weakest(self, index: int, count: int) -> list[int]:
+        """The places of a text, behind its first, whose rows have the least evidence beside those just before."""
+        return nsmallest(count, range(1, len(self.texts[index])), key=lambda place: self._beside(index, place))
 
     def _best(self, rows: Rows, at: int) -> list[int]:
         """The tokens behind one prefix that fit best."""
@@ -175,7 +212,8 @@ class _Walk:
         if not edits:
             return []
         others = [edit.of(self.texts[edit.text]) for edit in edits]
-        end = min(place + 1 + constants().mended_behind, self.longest + 1)
+        added = max(1, *(len(edit.tokens) for edit in edits))
+        end = min(place + added + constants().mended_behind, max(map(len, others)))
         _, misfits = self._through(self._before([edit.text for edit in edits], place), others, place, end)
         found = [self.chance.evidence(each).tolist() for each in misfits]
         return [
@@ -185,8 +223,8 @@ class _Walk:
 
     def _gain(self, edit: _Edit, rows: list[float]) -> float:
         """What is gained where a neighbour has so much evidence from the place on."""
-        own, added = self.own[edit.text], edit.token is not None
-        old = own[edit.place + edit.skips :]
+        own, added = self.own[edit.text], len(edit.tokens)
+        old = own[edit.place + edit.skips :][: constants().mended_behind + (not added)]
         gain = sum(after - before for after, before in zip(rows[added:], old, strict=False))
         if added and edit.skips:
             return gain + rows[0] - own[edit.place]

@@ -12,16 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
 from typing import NamedTuple
 
 import torch
 
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.decoder.edits import Nearby, nearby
+from dager_tutorial.server.decoder.edits import Draft, Nearby, nearby
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.passage import Prefix
-from dager_tutorial.server.decoder.paths import repeats
+from dager_tutorial.server.decoder.paths import repeats, shared
 from dager_tutorial.server.decoder.ranking import Ranking
 from dager_tutorial.server.token_filter import Candidates
 
@@ -41,6 +42,18 @@ class Mended(NamedTuple):
     told: bool
 
 
+class _Limits(NamedTuple):
+    """How badly texts may fit.
+
+    Attributes:
+        told: One that is told to be whole.
+        seen: One that ends where it seems to.
+    """
+
+    told: float
+    seen: float
+
+
 @dataclass(eq=False)
 class _Climb:
     """A text on its way.
@@ -49,13 +62,21 @@ class _Climb:
         text: Token ids.
         misfit: As of `Mended`.
         steady: Whether none of its rows has far less evidence than those before; not known before the first step.
+        place: Where the last step changed it: the first of two changes that belong together may be half right.
         seen: What it was before.
     """
 
     text: Prefix
     misfit: float
     steady: bool = False
+    place: int | None = None
     seen: set[Prefix] = field(default_factory=set)
+
+    def step(self, text: Prefix, misfit: float) -> None:
+        """Go to a neighbour, and how badly it fits."""
+        self.place = shared((self.text, text))
+        self.seen.add(self.text)
+        self.text, self.misfit = text, misfit
 
     def next(self, near: Nearby, misfits: Mapping[Prefix, float]) -> tuple[Prefix, float]:
         """The neighbour that fits better, and how badly it does; the text itself where there is none.
@@ -83,8 +104,8 @@ class Mender:
         last: Tells how well whole texts fit.
         candidates: Tokens that may stand at each position.
         budget: What it may cost.
-        thorough: Whether texts may be wrong at any place, not only where a row falls: those of which a row falls, and
-            those that are not told to be whole.
+        thorough: Whether texts may be wrong where no row falls, too, or leave several tokens out: the worst ones of
+            which an end is seen.
     """
 
     ranking: Ranking
@@ -94,7 +115,9 @@ class Mender:
     thorough: bool = False
 
     @torch.no_grad()
-    def mended(self, texts: Sequence[Prefix], most_misfit: float = math.inf) -> list[Mended]:
+    def mended(
+        self, texts: Sequence[Prefix], most_misfit: float = math.inf, seen_misfit: float = math.inf
+    ) -> list[Mended]:
         """What becomes of texts: each stays, where none of its neighbours fits better.
 
         A text that fits better without its last tokens is mended with and without them.
@@ -102,15 +125,16 @@ class Mender:
         Args:
             texts: Token ids.
             most_misfit: How badly one may fit that is told to be whole by how well it fits.
+            seen_misfit: How badly one may fit that ends where it seems to.
         """
-        most = min(most_misfit, constants().end_misfit)
+        limits = _Limits(min(most_misfit, constants().end_misfit), min(seen_misfit, constants().seen_misfit))
         if not texts or not self.last.tells:
             return [Mended(text, math.inf, told=False) for text in texts]
         wholes = [self._whole(text) for text in texts]
         starts = list(dict.fromkeys([*texts, *wholes]))  # most texts fit best as they are: they are climbed from once
-        found = dict(zip(starts, self._climbed(starts, most), strict=True))
+        found = dict(zip(starts, self._climbed(starts, limits), strict=True))
         both = ((found[text], found[whole]) for text, whole in zip(texts, wholes, strict=True))
-        return [cut if cut.misfit <= min(most, full.misfit) else full for full, cut in both]
+        return [cut if cut.misfit <= min(limits.seen, full.misfit) else full for full, cut in both]
 
     def _whole(self, text: Prefix) -> Prefix:
         """The prefix of a text that fits best as a whole one."""
@@ -118,39 +142,53 @@ class Mender:
         misfits = self.last.misfits(prefixes)
         return prefixes[misfits.index(min(misfits))]
 
-    def _climbed(self, texts: list[Prefix], most: float) -> list[Mended]:
+    def _climbed(self, texts: list[Prefix], limits: _Limits) -> list[Mended]:
         """Where texts come to, one token a step, each step to the neighbour that fits best."""
         climbs = [_Climb(text, misfit) for text, misfit in zip(texts, self.last.misfits(texts), strict=True)]
         going = [each for each in climbs if not repeats(each.text)]
-        for _ in range(constants().mended_steps):
+        unheld = frozenset(self.candidates.distinct().tolist()).difference(*texts)
+        for step in range(constants().mended_steps):
+            if step >= constants().mended_blind:
+                going = [each for each in going if each.misfit <= limits.seen]
             if not going or self.budget.late:
                 break
             gained = self._stepped(going, everywhere=False)
             if self.thorough:
-                doubtful = [
-                    each for each in going if each not in gained and not (each.steady and self._told(each, most))
-                ]
-                gained += self._stepped(doubtful, everywhere=True)
+                left = [each for each in going if each not in gained]
+                gained += self._stepped(self._doubtful(left, limits, unheld), unheld, everywhere=True)
             going = gained
-        return [Mended(each.text, each.misfit, told=self._told(each, most)) for each in climbs]
+        return [Mended(each.text, each.misfit, told=self._told(each, limits)) for each in climbs]
 
-    def _stepped(self, climbs: list[_Climb], *, everywhere: bool) -> list[_Climb]:
+    def _stepped(self, climbs: list[_Climb], unheld: frozenset[int] = frozenset(), *, everywhere: bool) -> list[_Climb]:
         """Those of some climbs that have a neighbour which fits better, after the step to it."""
         if not climbs or self.budget.late:
             return []
-        texts = [each.text for each in climbs]
-        near = nearby(self.ranking, self.candidates, texts, self.budget, everywhere=everywhere)
+        drafts = [Draft(each.text, each.place, unheld) for each in climbs]
+        near = nearby(self.ranking, self.candidates, drafts, self.budget, everywhere=everywhere)
         found = iter(self.last.misfits([text for each in near for text in each.gains]))
         gained = []
         for climb, each in zip(climbs, near, strict=True):
             climb.steady = each.steady
             text, misfit = climb.next(each, {text: next(found) for text in each.gains})
             if text != climb.text:
-                climb.seen.add(climb.text)
-                climb.text, climb.misfit = text, misfit
+                climb.step(text, misfit)
                 gained.append(climb)
         return gained
 
-    def _told(self, climb: _Climb, most: float) -> bool:
+    def _doubtful(self, climbs: list[_Climb], limits: _Limits, unheld: frozenset[int]) -> list[_Climb]:
+        """The worst of the texts of which an end is seen, and that are not beyond doubt.
+
+        Beyond doubt is a text that is told and of which no row falls; as long as tokens must stand somewhere that no
+        text holds, it has to fit well, too.
+        """
+        least = limits.told - constants().end_beside / 2 if unheld else limits.told
+        doubtful = [
+            each
+            for each in climbs
+            if each.misfit <= limits.seen and not (each.misfit <= least and each.steady and self._told(each, limits))
+        ]
+        return nlargest(constants().mended_thoroughly, doubtful, key=lambda each: each.misfit)
+
+    def _told(self, climb: _Climb, limits: _Limits) -> bool:
         """Whether a text is told to be whole."""
-        return climb.misfit <= most or (climb.steady and self.last.singles_out(climb.text))
+        return climb.misfit <= limits.told or (climb.steady and self.last.singles_out(climb.text))

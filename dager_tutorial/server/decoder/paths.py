@@ -9,7 +9,6 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from dager_tutorial.server.constants import constants
 
@@ -128,7 +127,7 @@ class Paths:
 def circular(text: Sequence[int]) -> bool:
     """Whether a text ends with the same tokens twice, one behind the other; with few of them, as often as they fit.
 
-    Or goes over its own words again: of its last pairs of neighbours a quarter are new at most.
+    Or goes over its own words again: hardly any of its last tokens is new.
 
     Args:
         text: Token ids.
@@ -137,8 +136,8 @@ def circular(text: Sequence[int]) -> bool:
         length = max(constants().alike, period)
         if len(text) >= length + period and text[-length:] == text[-length - period : -period]:
             return True
-    pairs, many = list(pairwise(text)), 4 * constants().alike
-    return len(pairs) >= many and len({*pairs[-many:]} - {*pairs[:-many]}) <= constants().alike
+    many = 5 * constants().alike
+    return len(text) >= many and len({*text[-many:]} - {*text[:-many]}) <= constants().alike
 
 
 def repeats(text: Sequence[int]) -> bool:
@@ -150,16 +149,28 @@ def repeats(text: Sequence[int]) -> bool:
     return 2 * len(set(text)) < len(text)
 
 
-def said_again(texts: Sequence[tuple[int, ...]], places: Sequence[int], tokens: Sequence[int]) -> list[bool]:
-    """Whether texts end with three tokens that they had before, once they are extended.
+def said_again(
+    texts: Sequence[tuple[int, ...]],
+    places: Sequence[int],
+    tokens: Sequence[int],
+    others: Sequence[tuple[int, ...]] = (),
+) -> list[bool]:
+    """Whether texts, once they are extended, end with three tokens that they had before, or with four of another text.
 
     Args:
         texts: Token ids.
         places: Which of the texts is extended.
         tokens: By which token.
+        others: Token ids of the other texts.
     """
-    before = [{text[place : place + 3] for place in range(len(text) - 2)} for text in texts]
-    return [(*texts[place][-2:], token) in before[place] for place, token in zip(places, tokens, strict=True)]
+    before, elsewhere = [_windows(text, 3) for text in texts], set().union(*(_windows(text, 4) for text in others))
+    ends = [(*texts[place][-3:], token) for place, token in zip(places, tokens, strict=True)]
+    return [end[-3:] in before[place] or end in elsewhere for place, end in zip(places, ends, strict=True)]
+
+
+def _windows(text: tuple[int, ...], length: int) -> set[tuple[int, ...]]:
+    """The tokens of a text that stand together, so many of them."""
+    return {text[place : place + length] for place in range(len(text) - length + 1)}
 
 
 def shared(texts: Sequence[tuple[int, ...]]) -> int:
