@@ -299,6 +299,19 @@ def _grown(paths: Paths, text: str, evidence: float) -> int:
     return before
 
 
+def test_a_string_that_is_too_weak_for_a_text_takes_none_along(tiny_llama: LanguageModel) -> None:
+    update, _ = play_locally(tiny_llama, TEXTS, config=FOUR, training=TRAINING)
+    search, search.ranking = searching(tiny_llama, update)
+    search.last = LastBlock(search.last.adapter, {})  # tells no end
+    told = _grown(search.paths, "abcdef", 10.0)
+    search.texts = [told]
+    search.ends.add(told, 0.0, told=True)
+    weak = _grown(search.paths, "xabcdef" + "ghijklmnopqrstuvwyzABCDEFGHIJKLMNOPQRSTUVWXYZ", 2.9)  # has all its rows
+    assert search._unexplained(set()) == [told]
+    with varied(weak_text=0.2):
+        assert search._unexplained(set()) == [weak]
+
+
 @pytest.mark.parametrize("prompt", ["", "prompt:"])
 def test_a_text_put_together_from_others_has_no_rows_of_its_own(prompt: str) -> None:
     paths = Paths()

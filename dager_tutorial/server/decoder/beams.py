@@ -11,7 +11,7 @@ count for it.
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,7 +24,7 @@ from dager_tutorial.server.decoder.explained import unexplained
 from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.mending import Mended, Mender
 from dager_tutorial.server.decoder.passage import Cache, Rows
-from dager_tutorial.server.decoder.paths import Paths, Row, repeats, said_again, shared
+from dager_tutorial.server.decoder.paths import Paths, Row, ending_apart, repeats, said_again, shared
 from dager_tutorial.server.decoder.ranking import Ranking, near_best
 from dager_tutorial.server.decoder.rivals import going_on
 from dager_tutorial.server.decoder.seen_ends import SeenEnds
@@ -96,8 +96,7 @@ class BeamSearch:
             self.budget.report("search", len(self.paths.rows))
         self.texts = self._unexplained(before)
         self.ends.doubt(self.texts, constants().end_misfit)
-        least = constants().weak_text * self._usual()
-        self.texts = [end for end in self.texts if self.paths.mean(end) >= least]
+        self.texts = self._strong(self.texts)
 
     def mend(self, mender: Mender) -> bool:
         """Put mended texts in the places of those that fit worse, and drop what hardly is a text.
@@ -116,8 +115,7 @@ class BeamSearch:
         self.texts = [end for text, end in different.items() if end in self.ends or not repeats(text)]
         self.ends.doubt(self.texts)
         # Where a text that may be wrong ends as another one does, its search ran into that text's tail.
-        tails = Counter(text[-constants().alike :] for text in different)
-        own = {end for text, end in different.items() if tails[text[-constants().alike :]] == 1}
+        own = {different[text] for text in ending_apart(different)}
         self.ends.keep([end for end in self.texts if end in own or end not in self.ends.doubted])
         return not self.untold
 
@@ -128,6 +126,11 @@ class BeamSearch:
         if mended.told or mended.misfit <= self.ends.seen_misfit(self.texts):
             self.ends.add(end, mended.misfit, told=mended.told)
         return end
+
+    def _strong(self, ends: Iterable[int]) -> list[int]:
+        """Those of some last rows whose texts have not far weaker rows than the texts that are told."""
+        least = constants().weak_text * self._usual()
+        return [end for end in ends if self.paths.mean(end) >= least]
 
     def _usual(self) -> float:
         """The mean evidence of a row in the usual text of those whose ends are told."""
@@ -247,9 +250,9 @@ class BeamSearch:
         return chance_quantile(min(0.3, (constants().garbage if alarms is None else alarms) / tried))
 
     def _unexplained(self, before: set[int]) -> list[int]:
-        """Last rows of the texts, some from before among them, that have rows of their own, the best text first."""
+        """Last rows of texts, some from before, that have rows of their own, the best first; weak ones explain none."""
         self._over([leaf for leaf in self._leaves() if leaf not in self.ends])
-        ends = before | {self._ended(index) for index in self._leaves()}
+        ends = self._strong(before | {self._ended(index) for index in self._leaves()})
         return self._with_own_rows(ends, least=constants().own_rows * self._needed(len(self.candidates.distinct())))
 
     def _own(self, nodes: set[int]) -> set[int]:
@@ -259,7 +262,7 @@ class BeamSearch:
         roots = {self.paths.rows[index].root for index in own}
         return {node for node in nodes if self.paths.rows[node].root in roots}
 
-    def _with_own_rows(self, ends: set[int], **needed: float) -> list[int]:
+    def _with_own_rows(self, ends: Iterable[int], **needed: float) -> list[int]:
         """Those of some last rows whose texts better ones do not explain, the best first."""
         order, prompted = sorted(ends, key=self._worth, reverse=True), len(self.candidates.prompt)
         return unexplained(self.paths, order, rotary=self.ranking.rotary, prompted=prompted, **needed)

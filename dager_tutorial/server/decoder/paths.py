@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from dager_tutorial.server.constants import constants
@@ -171,6 +171,16 @@ def said_again(
 def _windows(text: tuple[int, ...], length: int) -> set[tuple[int, ...]]:
     """The tokens of a text that stand together, so many of them."""
     return {text[place : place + length] for place in range(len(text) - length + 1)}
+
+
+def ending_apart(texts: Collection[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those of some texts of which no other one has the last tokens.
+
+    Args:
+        texts: Token ids.
+    """
+    tails = Counter(text[-constants().alike :] for text in texts)
+    return [text for text in texts if tails[text[-constants().alike :]] == 1]
 
 
 def shared(texts: Sequence[tuple[int, ...]]) -> int:
