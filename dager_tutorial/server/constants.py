@@ -63,9 +63,7 @@ class Constants:
     filling_seed: int = _constant(1_414_213_562, "seed of that choice, which nobody else takes", "chosen")
     filled: float = _constant(1e-6, "share of the entries that a filled gradient may leave", "numerics: float32 sums")
     filling_error: float = _constant(1e-3, "share of held-out entries that it may miss them by", "chosen")
-    entries_a_number: float = _constant(
-        1.2, "least entries for each number of a low-rank matrix", "measured: 1.1 fails"
-    )
+    entries_a_number: float = _constant(1.2, "entries for each number of a low-rank matrix", "measured: 1.1 fails")
     entries_a_direction: float = _constant(2.0, "entries of a row for each of its coefficients", "measured: 1.3 fails")
     filling_pays: float = _constant(0.95, "share to which a round must lower the rest, or the rank grows", "cost")
     filling_gap: float = _constant(3.0, "ratio of neighbouring directions at which a rank may end", "measured")
@@ -79,9 +77,7 @@ class Constants:
         6.0, "deviations by which rounding at random may differ from its expected sum of squares", "statistics"
     )
     # Dropout (chapter `11_limits`)
-    masked_outside: float = _constant(
-        3.0, "what a masked sum may leave outside the span, in units of the rate", "measured: 0.7 to 1.2"
-    )
+    masked_outside: float = _constant(3.0, "what masked sums leave outside, in units of the rate", "measured: to 1.2")
     absolute_rounds: int = _constant(40, "rounds of reweighting for least absolute deviations", "numerics")
     found_before: float = _constant(3.0, "cost of coordinates at which masks of the same sum were found", "chosen")
     dropped_outside: float = _constant(1e-8, "squared share that rounding leaves of masked attention", "measured")
@@ -200,9 +196,7 @@ class Constants:
     common: int = _constant(2, "known texts that hold a token which others may hold, too", "measured")
     beyond_drift: float = _constant(2.0, "times what known texts leave of most of their rows that is more", "measured")
     most_drifted: float = _constant(0.35, "the same above which rows tell nothing", "chosen")
-    most_left_over: float = _constant(
-        0.7, "share of the tokens above which those that are not left over help little", "chosen"
-    )
+    most_left_over: float = _constant(0.7, "share of the tokens above which the others help little", "chosen")
     own_rows: float = _constant(2.0, "outstanding rows that a text needs which no better text has", "chosen")
     own_share: float = _constant(0.4, "and the share of its evidence that they are", "chosen")
     # Decoder search where an adapter is narrower than its text is long

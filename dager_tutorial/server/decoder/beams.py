@@ -251,7 +251,7 @@ class BeamSearch:
 
     def _unexplained(self, before: set[int]) -> list[int]:
         """Last rows of texts, some from before, that have rows of their own, the best first; weak ones explain none."""
-        self._over([leaf for leaf in self._leaves() if leaf not in self.ends])
+        self._over([leaf for leaf in self._strong(self._leaves()) if leaf not in self.ends])
         ends = self._strong(before | {self._ended(index) for index in self._leaves()})
         return self._with_own_rows(ends, least=constants().own_rows * self._needed(len(self.candidates.distinct())))
 
