@@ -219,10 +219,10 @@ def test_how_badly_an_end_may_fit_is_told_by_the_others(misfits: list[float], ot
     for row, misfit in enumerate(misfits):
         ends.add(row, misfit, told=True)
     rows = range(len(misfits) + 1)
-    most, seen = ends.most_misfit(rows), ends.seen_misfit(rows)
+    most, seen = ends.limits(rows)
     assert most == pytest.approx(usual + 0.5) and usual < seen <= 0.9
     ends.add(len(misfits), other, told=False)
-    assert (ends.most_misfit(rows), ends.seen_misfit(rows)) == (most, seen)  # a text in doubt sets no limit
+    assert ends.limits(rows) == (most, seen)  # a text in doubt sets no limit
     ends.doubt(rows)
     assert set(ends) == {row for row, misfit in enumerate([*misfits, other]) if misfit <= max(most, seen)}
     assert ends.told(rows) == [row for row, misfit in enumerate(misfits) if misfit <= most]
@@ -233,8 +233,8 @@ def test_most_neighbours_of_a_text_are_none_that_only_go_on(model: LanguageModel
     update, truth = play_locally(model, TEXTS, config=FOUR, training=TRAINING)
     search, ranking = searching(model, update)
     texts = truth.sequences
-    for everywhere, most in ((False, 8), (True, 32)):
-        found = nearby(ranking, search.candidates, [*map(Draft, texts)], search.budget, everywhere=everywhere)
+    for thorough, most in ((False, 8), (True, 32)):
+        found = nearby(ranking, search.candidates, [*map(Draft, texts)], search.budget, thorough=thorough)
         pairs = list(zip(texts, found, strict=True))
         longer = [sum(other[: len(text)] == text for other in near.gains) for text, near in pairs]
         assert 0 < max(longer) <= most // 4  # behind the longest text of a batch there is nothing
@@ -247,10 +247,10 @@ def test_several_tokens_that_a_text_leaves_out_are_put_back_at_once(model: Langu
     search, ranking = searching(model, update)
     for text in truth.sequences:
         missing = frozenset(text[2:5])
-        for everywhere in (True, False):
-            draft = Draft((*text[:2], *text[5:]), unheld=missing)
-            (near,) = nearby(ranking, search.candidates, [draft], search.budget, everywhere=everywhere)
-            assert (text in near.gains) is everywhere
+        for thorough in (True, False):
+            cut = Draft((*text[:2], *text[5:]))
+            (near,) = nearby(ranking, search.candidates, [cut], search.budget, thorough=thorough, unheld=missing)
+            assert (text in near.gains) is thorough
 
 
 def test_a_string_of_weak_rows_is_no_text(tiny_llama: LanguageModel) -> None:
@@ -367,7 +367,7 @@ def test_the_longest_beginning_that_any_two_texts_share(texts: list[tuple[int, .
      ("abbabaabbbabaababbba", True), ("abcdefgh" + "badcfehg", False),
      ("abcdefghijklmnop" + "cdefgh" + "bcdef" + "jklmno", True),
      ("abcdefghijklmnop" + "cde" + "bcd" + "jkl" + "ef" + "abc" + "no", True),
-         ("abcdefghijklmnop" + "cde" + "bcd" + "jkl" + "ef" + "abc" + "n", False)],
+     ("abcdefghijklmnop" + "cde" + "bcd" + "jkl" + "ef" + "abc" + "n", False)],
 )  # fmt: skip
 def test_only_what_repeats_as_a_whole_goes_round_in_a_circle(text: str, *, turns: bool) -> None:
     assert constants().alike == 4

@@ -77,7 +77,7 @@ class Constants:
         6.0, "deviations by which rounding at random may differ from its expected sum of squares", "statistics"
     )
     # Dropout (chapter `11_limits`)
-    masked_outside: float = _constant(3.0, "what masked sums leave outside, in units of the rate", "measured: to 1.2")
+    masked_outside: float = _constant(3.0, "rates that a masked sum may leave outside the span", "measured: 0.7 to 1.2")
     absolute_rounds: int = _constant(40, "rounds of reweighting for least absolute deviations", "numerics")
     found_before: float = _constant(3.0, "cost of coordinates at which masks of the same sum were found", "chosen")
     dropped_outside: float = _constant(1e-8, "squared share that rounding leaves of masked attention", "measured")
@@ -182,7 +182,7 @@ class Constants:
     mended_tokens: int = _constant(12, "tokens that are tried at each place", "cost")
     mended_behind: int = _constant(3, "tokens behind it whose rows are compared", "cost")
     mended_tried: int = _constant(8, "neighbours of a text that the last block is asked of", "cost")
-    mended_everywhere: int = _constant(32, "the same where all of its places may be wrong", "cost")
+    mended_everywhere: int = _constant(32, "the same where no row needs to fall", "cost")
     mended_longer: float = _constant(0.25, "share of those neighbours that go on behind its end", "chosen")
     mended_steps: int = _constant(8, "tokens of a text that are changed at most", "cost")
     mended_blind: int = _constant(2, "the same where no end is seen", "cost")

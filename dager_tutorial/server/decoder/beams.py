@@ -107,8 +107,7 @@ class BeamSearch:
         Returns:
             Whether the last block tells where each of the texts ends.
         """
-        limits = self.ends.most_misfit(self.texts), self.ends.seen_misfit(self.texts)
-        mended = mender.mended([self.paths.tokens(end) for end in self.texts], *limits)
+        mended = mender.mended([self.paths.tokens(end) for end in self.texts], self.ends.limits(self.texts))
         different: dict[tuple[int, ...], int] = {}
         for end in map(self._replaced, self.texts, mended):
             different.setdefault(self.paths.tokens(end), end)
@@ -123,7 +122,7 @@ class BeamSearch:
         """Last row of what was mended, which may be the text itself."""
         if mended.text != self.paths.tokens(end):
             end = self.paths.replaced(end, mended.text)
-        if mended.told or mended.misfit <= self.ends.seen_misfit(self.texts):
+        if mended.told or mended.misfit <= self.ends.limits(self.texts).seen:
             self.ends.add(end, mended.misfit, told=mended.told)
         return end
 
@@ -203,14 +202,15 @@ class BeamSearch:
         """Those last rows of prefixes in which a text has surely ended; what lies behind its end stands out no more."""
         tree, places = self._grafted(nodes)
         rows = {place: row for row, place in places.items()}
-        found, most = self.last.ends(tree, [places[node] for node in nodes]), self.ends.most_misfit(self.texts)
-        least = max(most, self.ends.seen_misfit(self.texts))
+        found, limits = self.last.ends(tree, [places[node] for node in nodes]), self.ends.limits(self.texts)
         over = {
-            node: found[place] for node in nodes if (place := places[node]) in found and found[place].misfit <= least
+            node: found[place]
+            for node in nodes
+            if (place := places[node]) in found and found[place].misfit <= max(limits)
         }
         for node, end in over.items():
             row = rows[end.node]
-            self.ends.add(row, end.misfit, told=end.misfit <= most)
+            self.ends.add(row, end.misfit, told=end.misfit <= limits.told)
             for step in self.paths.path(node):
                 if step >= row:
                     self.paths.rows[step] = replace(self.paths.rows[step], strong=step == row)

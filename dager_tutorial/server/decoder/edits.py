@@ -10,7 +10,7 @@ rows fit better in the first blocks than they do in the text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from heapq import nlargest, nsmallest
+from heapq import nlargest
 from statistics import median
 from typing import NamedTuple
 
@@ -31,12 +31,10 @@ class Draft(NamedTuple):
     Attributes:
         text: Token ids.
         changed: Where it was changed last, and may still be wrong; None where it was not.
-        unheld: Tokens that are known to stand somewhere, and that no text holds.
     """
 
     text: Prefix
     changed: int | None = None
-    unheld: frozenset[int] = frozenset()
 
 
 class Nearby(NamedTuple):
@@ -53,7 +51,13 @@ class Nearby(NamedTuple):
 
 
 def nearby(
-    ranking: Ranking, candidates: Candidates, drafts: Sequence[Draft], budget: Budget, *, everywhere: bool
+    ranking: Ranking,
+    candidates: Candidates,
+    drafts: Sequence[Draft],
+    budget: Budget,
+    *,
+    thorough: bool,
+    unheld: frozenset[int] = frozenset(),
 ) -> list[Nearby]:
     """The likeliest neighbours of texts.
 
@@ -62,10 +66,11 @@ def nearby(
         candidates: Tokens that may stand at each position.
         drafts: The texts.
         budget: What it may cost.
-        everywhere: Whether a text may be wrong at places, too, where its rows do not fall, and leave several tokens
-            out; then there are more of them.
+        thorough: Whether a text may be wrong at places, too, where its rows do not fall, and leave several tokens out;
+            then there are more of them.
+        unheld: Tokens that must stand somewhere and that no text holds.
     """
-    walk = _Walk(ranking, candidates, drafts, budget, everywhere=everywhere)
+    walk = _Walk(ranking, candidates, drafts, budget, thorough=thorough, unheld=unheld)
     inside: list[dict[Prefix, float]] = [{} for _ in drafts]
     longer: list[dict[Prefix, float]] = [{} for _ in drafts]
     for edit, gain in walk.gains():
@@ -74,7 +79,7 @@ def nearby(
         mine = (longer if other[: len(own)] == own else inside)[edit.text]
         if other != own and len(other) <= ranking.passage.adapter.max_positions:
             mine[other] = max(gain, mine.get(other, gain))
-    most = constants().mended_everywhere if everywhere else constants().mended_tried
+    most = constants().mended_everywhere if thorough else constants().mended_tried
     return [walk.nearby(index, most, *both) for index, both in enumerate(zip(inside, longer, strict=True))]
 
 
@@ -108,10 +113,10 @@ class _Walk:
         drafts: Sequence[Draft],
         budget: Budget,
         *,
-        everywhere: bool,
+        thorough: bool,
+        unheld: frozenset[int],
     ) -> None:
         self.ranking, self.candidates, self.drafts, self.budget = ranking, candidates, drafts, budget
-        self.everywhere = everywhere
         self.texts = texts = [draft.text for draft in drafts]
         self.longest = max(map(len, texts))
         self.cache, misfits = self._through(ranking.passage.empty(), texts, 0, self.longest)
@@ -120,6 +125,8 @@ class _Walk:
         self.chance = ranking.chance(self._before(range(len(texts)), middle), middle)
         evidence = [self.chance.evidence(each).tolist() for each in misfits]
         self.own = [[each[index] for each in evidence[: len(text)]] for index, text in enumerate(texts)]
+        self.weakest = [self._weakest(index) if thorough else [] for index in range(len(texts))]
+        self.missing = Missing(ranking, candidates, self.chance, ranking.batch_tokens.new_tensor(sorted(unheld)))
 
     def gains(self) -> Iterator[tuple[_Edit, float]]:
         """How much more evidence the rows behind have in each neighbour than in the text itself, while time is left."""
@@ -144,7 +151,7 @@ class _Walk:
     def _doubtful(self, index: int, place: int) -> bool:
         """Whether a text may be wrong at a place: its row falls there or next, or it was changed there, or ends."""
         length = len(self.texts[index])
-        if self.everywhere and place in self._weakest(index, constants().mended_weakest):
+        if place in self.weakest[index][: constants().mended_weakest]:
             return True
         if place == length or self.drafts[index].changed in (place, place - 1):
             return True
@@ -185,17 +192,14 @@ class _Walk:
     def _left_out(self, here: list[int], place: int) -> Iterator[_Edit]:
         """Edits that put several tokens in at a place of some texts, where its rows are weakest."""
         for index in here:
-            draft = self.drafts[index]
-            if self.everywhere and place in self._weakest(index, constants().missing_places):
-                unheld = torch.tensor(sorted(draft.unheld), dtype=torch.long, device=self.ranking.batch_tokens.device)
-                missing = Missing(self.ranking, self.candidates, self.chance, unheld)
-                for tokens in missing.strings(self._before([index], place), draft.text[0], place):
+            if place in self.weakest[index][: constants().missing_places]:
+                for tokens in self.missing.strings(self._before([index], place), self.texts[index][0], place):
                     yield _Edit(index, place, tokens, 0)
                     yield _Edit(index, place, tokens, 1)
 
-    def _weakest(self, index: int, count: int) -> list[int]:
-        """The places of a text, behind its first, whose rows have the least evidence beside those just before."""
-        return nsmallest(count, range(1, len(self.texts[index])), key=lambda place: self._beside(index, place))
+    def _weakest(self, index: int) -> list[int]:
+        """The places of a text behind its first, those with the least evidence beside the rows just before first."""
+        return sorted(range(1, len(self.texts[index])), key=lambda place: self._beside(index, place))
 
     def _best(self, rows: Rows, at: int) -> list[int]:
         """The tokens behind one prefix that fit best."""

@@ -24,6 +24,7 @@ from dager_tutorial.server.decoder.last_block import LastBlock
 from dager_tutorial.server.decoder.passage import Prefix
 from dager_tutorial.server.decoder.paths import repeats, shared
 from dager_tutorial.server.decoder.ranking import Ranking
+from dager_tutorial.server.decoder.seen_ends import NO_LIMITS, Limits
 from dager_tutorial.server.token_filter import Candidates
 
 
@@ -40,18 +41,6 @@ class Mended(NamedTuple):
     text: Prefix
     misfit: float
     told: bool
-
-
-class _Limits(NamedTuple):
-    """How badly texts may fit.
-
-    Attributes:
-        told: One that is told to be whole.
-        seen: One that ends where it seems to.
-    """
-
-    told: float
-    seen: float
 
 
 @dataclass(eq=False)
@@ -115,19 +104,16 @@ class Mender:
     thorough: bool = False
 
     @torch.no_grad()
-    def mended(
-        self, texts: Sequence[Prefix], most_misfit: float = math.inf, seen_misfit: float = math.inf
-    ) -> list[Mended]:
+    def mended(self, texts: Sequence[Prefix], limits: Limits = NO_LIMITS) -> list[Mended]:
         """What becomes of texts: each stays, where none of its neighbours fits better.
 
         A text that fits better without its last tokens is mended with and without them.
 
         Args:
             texts: Token ids.
-            most_misfit: How badly one may fit that is told to be whole by how well it fits.
-            seen_misfit: How badly one may fit that ends where it seems to.
+            limits: How badly they may fit, beside the others of their batch.
         """
-        limits = _Limits(min(most_misfit, constants().end_misfit), min(seen_misfit, constants().seen_misfit))
+        limits = Limits(min(limits.told, constants().end_misfit), min(limits.seen, constants().seen_misfit))
         if not texts or not self.last.tells:
             return [Mended(text, math.inf, told=False) for text in texts]
         wholes = [self._whole(text) for text in texts]
@@ -142,7 +128,7 @@ class Mender:
         misfits = self.last.misfits(prefixes)
         return prefixes[misfits.index(min(misfits))]
 
-    def _climbed(self, texts: list[Prefix], limits: _Limits) -> list[Mended]:
+    def _climbed(self, texts: list[Prefix], limits: Limits) -> list[Mended]:
         """Where texts come to, one token a step, each step to the neighbour that fits best."""
         climbs = [_Climb(text, misfit) for text, misfit in zip(texts, self.last.misfits(texts), strict=True)]
         going = [each for each in climbs if not repeats(each.text)]
@@ -152,19 +138,21 @@ class Mender:
                 going = [each for each in going if each.misfit <= limits.seen]
             if not going or self.budget.late:
                 break
-            gained = self._stepped(going, everywhere=False)
+            gained = self._stepped(going)
             if self.thorough:
                 left = [each for each in going if each not in gained]
-                gained += self._stepped(self._doubtful(left, limits, unheld), unheld, everywhere=True)
+                gained += self._stepped(self._doubtful(left, limits, unheld), thorough=True, unheld=unheld)
             going = gained
         return [Mended(each.text, each.misfit, told=self._told(each, limits)) for each in climbs]
 
-    def _stepped(self, climbs: list[_Climb], unheld: frozenset[int] = frozenset(), *, everywhere: bool) -> list[_Climb]:
+    def _stepped(
+        self, climbs: list[_Climb], *, thorough: bool = False, unheld: frozenset[int] = frozenset()
+    ) -> list[_Climb]:
         """Those of some climbs that have a neighbour which fits better, after the step to it."""
         if not climbs or self.budget.late:
             return []
-        drafts = [Draft(each.text, each.place, unheld) for each in climbs]
-        near = nearby(self.ranking, self.candidates, drafts, self.budget, everywhere=everywhere)
+        drafts = [Draft(each.text, each.place) for each in climbs]
+        near = nearby(self.ranking, self.candidates, drafts, self.budget, thorough=thorough, unheld=unheld)
         found = iter(self.last.misfits([text for each in near for text in each.gains]))
         gained = []
         for climb, each in zip(climbs, near, strict=True):
@@ -175,20 +163,17 @@ class Mender:
                 gained.append(climb)
         return gained
 
-    def _doubtful(self, climbs: list[_Climb], limits: _Limits, unheld: frozenset[int]) -> list[_Climb]:
+    def _doubtful(self, climbs: list[_Climb], limits: Limits, unheld: frozenset[int]) -> list[_Climb]:
         """The worst of the texts of which an end is seen, and that are not beyond doubt.
 
-        Beyond doubt is a text that is told and of which no row falls; as long as tokens must stand somewhere that no
-        text holds, it has to fit well, too.
+        Beyond doubt is a text that fits well enough to be told, still better as long as tokens must stand somewhere
+        that no text holds, and of which no row falls.
         """
         least = limits.told - constants().end_beside / 2 if unheld else limits.told
-        doubtful = [
-            each
-            for each in climbs
-            if each.misfit <= limits.seen and not (each.misfit <= least and each.steady and self._told(each, limits))
-        ]
+        seen = [each for each in climbs if each.misfit <= limits.seen]
+        doubtful = [each for each in seen if each.misfit > least or not each.steady]
         return nlargest(constants().mended_thoroughly, doubtful, key=lambda each: each.misfit)
 
-    def _told(self, climb: _Climb, limits: _Limits) -> bool:
+    def _told(self, climb: _Climb, limits: Limits) -> bool:
         """Whether a text is told to be whole."""
         return climb.misfit <= limits.told or (climb.steady and self.last.singles_out(climb.text))

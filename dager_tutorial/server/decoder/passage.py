@@ -230,7 +230,7 @@ class Passage:
         scaling, seen = self.adapter.scaling(block), self.seen(block, rows.position)
         keys, values = cache.keys[block][:, seen], cache.values[block][:, seen]
         places, counts = rows.places.unique_consecutive(return_counts=True)
-        if 4 * len(places) >= len(rows.places):  # nor where there is none
+        if 4 * len(places) >= len(rows.places):  # few each, or none at all
             keys = torch.cat([keys[rows.places], key[:, None]], 1)
             return attend(query, keys, torch.cat([values[rows.places], value[:, None]], 1), scaling)
         parts = zip(places, *(part.split(counts.tolist()) for part in (query, key, value)), strict=True)

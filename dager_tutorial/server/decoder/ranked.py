@@ -31,7 +31,7 @@ def by_rank(
 ) -> Outcome:
     """The outcome of a search where no gap stands below the signal.
 
-    Texts whose ends the last block tells stay, and leave their tokens over for a further search.
+    Texts whose ends the last block sees stay; those that it tells leave their tokens over for a further search.
     """
     clear = {tap: span for tap, span in last.items() if span.clear}
     block = _last_block(evidence, adapter, budget)

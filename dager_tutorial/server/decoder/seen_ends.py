@@ -13,8 +13,24 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from dager_tutorial.server.constants import constants
+
+
+class Limits(NamedTuple):
+    """How badly texts may fit.
+
+    Attributes:
+        told: One that is told to be whole.
+        seen: One that ends where it seems to, though some of its tokens may be wrong.
+    """
+
+    told: float
+    seen: float
+
+
+NO_LIMITS = Limits(math.inf, math.inf)
 
 
 @dataclass
@@ -65,25 +81,18 @@ class SeenEnds:
         """
         return [row for row in rows if row in self.misfits and row not in self.doubted]
 
-    def most_misfit(self, rows: Iterable[int]) -> float:
-        """How badly a text may fit that is told to be whole: hardly worse than others.
+    def limits(self, rows: Iterable[int]) -> Limits:
+        """How badly texts may fit: one that is told to be whole hardly worse than others.
 
         Args:
             rows: The last rows of the texts of a batch.
         """
-        usual = self._usual(rows)
-        return constants().end_misfit if usual is None else usual + constants().end_beside
-
-    def seen_misfit(self, rows: Iterable[int]) -> float:
-        """How badly a text may fit that ends where it seems to, though some of its tokens may be wrong.
-
-        Args:
-            rows: The last rows of the texts of a batch.
-        """
-        usual = self._usual(rows)
-        if usual is None:
-            return constants().end_misfit
-        return min(constants().seen_misfit, usual + constants().seen_share * (constants().no_end - usual))
+        found = [self.misfits[row] for row in self.told(rows)]
+        if not found:
+            return Limits(constants().end_misfit, constants().end_misfit)
+        usual = statistics.median(found)
+        seen = usual + constants().seen_share * (constants().no_end - usual)
+        return Limits(usual + constants().end_beside, min(constants().seen_misfit, seen))
 
     def doubt(self, rows: Iterable[int], limit: float = math.inf) -> None:
         """Tell no text to be whole that fits worse than a limit, or far worse than the others.
@@ -92,12 +101,7 @@ class SeenEnds:
             rows: The last rows of the texts of a batch.
             limit: How badly one may fit at all.
         """
-        rows = list(rows)
-        most, least = min(limit, self.most_misfit(rows)), self.seen_misfit(rows)
-        self.doubted |= {row for row, misfit in self.misfits.items() if misfit > most}
-        self.keep([row for row, misfit in self.misfits.items() if misfit <= max(most, least)])
-
-    def _usual(self, rows: Iterable[int]) -> float | None:
-        """How badly the usual one of the texts fits that are told to be whole; None where there is none."""
-        found = [self.misfits[row] for row in self.told(rows)]
-        return statistics.median(found) if found else None
+        told, seen = self.limits(rows)
+        told = min(limit, told)
+        self.doubted |= {row for row, misfit in self.misfits.items() if misfit > told}
+        self.keep([row for row, misfit in self.misfits.items() if misfit <= max(told, seen)])
