@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import truth
+from helpers import assert_exact, truth
 
 from dager_tutorial.client.defenses.clipping import length
 from dager_tutorial.client.defenses.noise import Noise
+from dager_tutorial.client.defenses.pruning import Pruning
 from dager_tutorial.client.defenses.rounding import Rounding
 from dager_tutorial.client.step import client_update
 from dager_tutorial.models.heads import Head
@@ -24,7 +25,9 @@ from dager_tutorial.server.noisy.account import Account, Entry
 from dager_tutorial.server.noisy.deviation import deviation_of, outstanding
 from dager_tutorial.server.noisy.joint import Joint
 from dager_tutorial.server.noisy.matched import Matched
-from dager_tutorial.server.noisy.run import through_noise
+from dager_tutorial.server.noisy.moves import exchanged_beginnings
+from dager_tutorial.server.noisy.noise import Absent, Gaussian
+from dager_tutorial.server.noisy.run import noisy_search, through_noise
 from dager_tutorial.server.outcome import Outcome
 from dager_tutorial.status import Status
 from dager_tutorial.update import Update
@@ -87,7 +90,7 @@ def joint_of(model: LanguageModel, update: Update) -> Joint:
     table, first = evidence.adapter.position_table or pytest.fail("positions are needed")
     rows, deviation = table_gradient(evidence, evidence.adapter.first_input.tokens), deviation_of(evidence)
     assert rows is not None and deviation is not None
-    account = Account(simulator, update.gradients, dict.fromkeys(simulator.shared, deviation), None)
+    account = Account(simulator, update.gradients, Gaussian.of(simulator.shared, deviation))
     words, positions = account.name_of(evidence.adapter.first_input.tokens), account.name_of(table)
     assert words is not None and positions is not None
     budget = Budget.of(AttackConfig(), time.monotonic(), None)
@@ -106,9 +109,32 @@ def test_exchanged_and_forgotten_tokens_are_put_right(tiny_gpt2: LanguageModel) 
     ]
     assert joint.told(right)
     assert not joint.told(exchanged)
-    assert joint.exchanged(exchanged) == right
+    assert joint.mended(exchanged) == right
+    assert right in exchanged_beginnings(next(exchanged_beginnings(right)))
     forgotten = [right[0]._replace(tokens=(*first[:4], first[3], *first[5:])), right[1]]
     assert {token for entry in joint.placed(forgotten) for token in entry.tokens} == set(joint.tokens.tolist())
+
+
+@pytest.mark.parametrize("keep", [60, 5])
+def test_what_is_kept_of_the_embeddings_tells_all_texts(tiny_gpt2: LanguageModel, keep: float) -> None:
+    texts = [TEXT, "cup young snow never listen to the wind", "the old wind"]
+    clean = client_update(tiny_gpt2, texts, [1, 0, 1])
+    found = attack(tiny_gpt2, replace(clean, gradients=Pruning(keep)(clean.gradients)))
+    assert_exact(found, truth(tiny_gpt2, texts), Status.CERTIFIED)
+    assert sorted(found.labels) == [(0,), (1,), (1,)]
+
+
+def test_of_entries_that_were_sent_the_filter_takes_the_gradient_on_these(tiny_gpt2: LanguageModel) -> None:
+    received = client_update(tiny_gpt2, [TEXT, "the old wind"], [1, 0])
+    sent = Pruning(20)(received.gradients)
+    noise = Absent.of(sent)
+    matched = Matched(Simulator(tiny_gpt2, received, Head(), torch.float32), sent, noise.deviations, noise.sent(sent))
+    (ids,), own = truth(tiny_gpt2, [TEXT]), client_update(tiny_gpt2, [TEXT], [1]).gradients
+    maps = [name for name, each in sent.items() if each.dim() == 2]
+    kept = {name: own[name].double() * (sent[name] != 0) for name in maps}
+    product = sum(float((sent[name] * kept[name]).sum()) for name in maps)
+    square = sum(float(each.square().sum()) for each in kept.values())
+    assert float(matched.scores([ids]).weights[0]) == pytest.approx(product / square, rel=1e-4)
 
 
 def test_an_update_that_drowns_gives_no_text(tiny_gpt2: LanguageModel) -> None:
@@ -136,6 +162,8 @@ def test_texts_come_back_from_a_grid_by_their_embeddings_alone(tiny_gpt2: Langua
     update = replace(clean, gradients=rounded)
     nothing = Outcome(Status.PARTIAL, "nothing was found", ())
     budget = Budget.of(AttackConfig(), time.monotonic(), None)
-    found = through_noise(tiny_gpt2, update, None, evidence_of(tiny_gpt2, update), nothing, budget)
+    evidence = evidence_of(tiny_gpt2, update)
+    search = noisy_search(tiny_gpt2, update, None, evidence, budget)
+    found = through_noise(search, evidence, nothing, budget)
     assert found.status is Status.CERTIFIED, found.diagnosis
     assert {text.tokens for text in found.texts} == truth(tiny_gpt2, texts)

@@ -23,9 +23,10 @@ from dager_tutorial.server.dropout.run import recover_masked
 from dager_tutorial.server.encoder.run import recover_texts
 from dager_tutorial.server.evidence import Evidence, evidence_of
 from dager_tutorial.server.inspection import signs
-from dager_tutorial.server.noisy.run import through_noise
+from dager_tutorial.server.noisy.run import by_rows, noisy_search, through_noise
 from dager_tutorial.server.outcome import Outcome
 from dager_tutorial.server.verdict import of_adapter, of_difference, of_filled, of_prompt, unreadable
+from dager_tutorial.status import Status
 from dager_tutorial.stopwatch import Stopwatch, peak_memory_mb
 from dager_tutorial.update import Update
 
@@ -64,15 +65,8 @@ def attack(
     watch = Stopwatch()
     budget = Budget.of(config, watch.begin, progress)
     evidence = evidence_of(model, update, watch)
-    dropout = dropout_rate(evidence)
-    # Neither a step of an adapter nor a weight difference is simulated, nor masks that are not all known.
-    complete = config.complete and update.kind == "gradient" and not evidence.maps and dropout is None
     prompt = beginning(model.tokenizer, config.prompt) if config.prompt else ()
-    search = partial(_searched, budget=budget, without=config.without, hand_over=complete, prompt=prompt)
-    outcome = search(evidence) if dropout is None else recover_masked(evidence, dropout)
-    if complete:
-        outcome = completed(model, update, head, evidence, search, outcome, budget)
-        outcome = through_noise(model, update, head, evidence, outcome, budget)
+    outcome = _found(model, update, head, evidence, config, budget, prompt)
     if evidence.maps:
         outcome = of_adapter(evidence, outcome)
     if update.kind == "delta":
@@ -80,6 +74,33 @@ def attack(
     if evidence.pruned:
         outcome = of_filled(outcome)
     return _reconstruction(model, evidence, of_prompt(outcome, prompt))
+
+
+def _found(
+    model: LanguageModel,
+    update: Update,
+    head: Head | None,
+    evidence: Evidence,
+    config: AttackConfig,
+    budget: Budget,
+    prompt: tuple[int, ...],
+) -> Outcome:
+    """What the searches find that fit what was sent, and what simulating it proves."""
+    dropout = dropout_rate(evidence)
+    # Neither a step of an adapter nor a weight difference is simulated, nor masks that are not all known.
+    complete = config.complete and update.kind == "gradient" and not evidence.maps and dropout is None
+    search = partial(_searched, budget=budget, without=config.without, hand_over=complete, prompt=prompt)
+    # To fill in what was not sent costs more than to ask the rows of embeddings, of which most is there.
+    noisy = noisy_search(model, update, head, evidence, budget) if complete and evidence.pruned else None
+    outcome = by_rows(noisy, evidence)
+    if outcome is None:
+        outcome = search(evidence) if dropout is None else recover_masked(evidence, dropout)
+    if complete and outcome.status is not Status.CERTIFIED:
+        outcome = completed(model, update, head, evidence, search, outcome, budget)
+    if complete and outcome.status is not Status.CERTIFIED and not budget.late:
+        noisy = noisy or noisy_search(model, update, head, evidence, budget)
+        outcome = through_noise(noisy, evidence, outcome, budget)
+    return outcome
 
 
 def _searched(

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dager_tutorial.models.tap import precise
-from dager_tutorial.server.completion.remainder import widened
+from dager_tutorial.server.completion.remainder import norm, widened
 from dager_tutorial.server.completion.simulation import Ids, Simulator, of_logits
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.missing.quantised import beyond_rounding
+from dager_tutorial.server.noisy.matched import Matched
+from dager_tutorial.server.noisy.noise import Noise
 from dager_tutorial.server.odds import chance_quantile
 
 
@@ -40,25 +40,15 @@ class Account:
     Args:
         simulator: Repeats the client's step, of a classification.
         received: The update's gradients by its names.
-        deviations: Of the noise on their entries, by the same names.
-        bits: With how many bits an entry was sent, where that is the noise.
+        noise: What they hold besides.
     """
 
-    def __init__(
-        self, simulator: Simulator, received: Mapping[str, Tensor], deviations: Mapping[str, float], bits: int | None
-    ) -> None:
-        self.simulator, self.deviations, self.bits = simulator, deviations, bits
+    def __init__(self, simulator: Simulator, received: Mapping[str, Tensor], noise: Noise) -> None:
+        self.simulator, self.noise, self.deviations = simulator, noise, noise.deviations
         device = simulator.network.device
         self.received = {name: received[name].to(device) for name in simulator.shared}
         self.rest = widened(self.received)
         self.entries = sum(each.numel() for each in self.rest.values())
-
-    @property
-    def noise(self) -> str:
-        """What the noise is, in words."""
-        if self.bits is not None:
-            return f"rounding to {self.bits} bits"
-        return f"noise of deviation {next(iter(self.deviations.values())):.1e}"
 
     def left_by(self, entries: Sequence[Entry]) -> None:
         """Take some texts off the whole update, and no others."""
@@ -77,6 +67,11 @@ class Account:
             slope[entry.label] -= 1
             slope *= entry.weight
         self.simulator.subtract(self.rest, texts, of_logits(slopes))
+        self.rest = self.noise.comparable(self.rest, self.received)
+
+    def matched(self) -> Matched:
+        """The matched filter of what is left."""
+        return Matched(self.simulator, self.rest, self.deviations, self.noise.sent(self.received))
 
     def name_of(self, table: Tensor) -> str | None:
         """Under which name an embedding's gradient was shared; None where it was not.
@@ -88,26 +83,19 @@ class Account:
 
     def square(self) -> float:
         """The squared length of what is left, in units of the noise."""
-        return sum(map(self._square, self.rest))
+        return self.noise.square(self.rest)
+
+    def share(self) -> float:
+        """The norm of what is left over that of the update."""
+        return norm(self.rest) / norm(self.received)
 
     def is_noise(self) -> bool:
-        """Whether every tensor of what is left is as long as the noise makes it, no more and no less.
-
-        Of a grid more is known: how far from it a number can lie.
-        """
-        if self.bits is not None:
-            return beyond_rounding(self.rest, self.received, self.bits) == 0.0
-        tensors = [(self._square(name), each.numel()) for name, each in self.rest.items()]
-        whole = (sum(square for square, _ in tensors), self.entries)
-        most = chance_quantile(constants().false_alarms / (len(tensors) + 1))
-        return all(abs(square - entries) <= most * math.sqrt(2 * entries) for square, entries in (*tensors, whole))
+        """Whether what is left is the noise, no more and no less."""
+        return self.noise.explains(self.rest, self.received)
 
     def is_more(self) -> bool:
         """Whether what is left is longer, as a whole, than the noise: a single tensor hides no text."""
-        if self.bits is not None:
-            return not self.is_noise()
-        most = chance_quantile(constants().miss_rate)
-        return self.square() - self.entries > most * math.sqrt(2 * self.entries)
+        return self.noise.is_exceeded(self.rest, self.received)
 
     def hides(self, square: float) -> bool:
         """Whether a text could be missing, and what is left still seem noise.
@@ -116,7 +104,3 @@ class Account:
             square: Of its gradient, in units of the noise.
         """
         return square <= 2 * chance_quantile(constants().miss_rate) * math.sqrt(2 * self.entries)
-
-    def _square(self, name: str) -> float:
-        parts = self.rest[name].flatten().split(2**22)
-        return sum(precise(part).square().sum().item() for part in parts) / self.deviations[name] ** 2

@@ -8,8 +8,8 @@ whose ends alone are right to all of them. Ends show because the slope there is 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -26,6 +26,8 @@ from dager_tutorial.server.noisy.account import Account, Entry
 from dager_tutorial.server.noisy.climb import shares
 from dager_tutorial.server.noisy.deviation import outstanding
 from dager_tutorial.server.noisy.matched import Matched
+from dager_tutorial.server.noisy.moves import exchanged_beginnings, exchanges, replacements
+from dager_tutorial.server.odds import chance_quantile
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,11 @@ class Joint:
         """One text more as long as what is left of the rows says where it ends; every time all are made better."""
         entries: list[Entry] = []
         while not self.budget.late and (ending := self._ending(entries)) is not None:
-            entries = self._settled([*entries, ending])
+            before, entries = len(entries), self._distinct(self._settled([*entries, ending]))
             self.budget.report("completion", len(entries))
-        return self.exchanged(entries)
+            if len(entries) == before:
+                break
+        return self.mended(self._weighty(entries))
 
     def _ending(self, entries: list[Entry]) -> Entry | None:
         """The beginning of what is left whose last slope explains most of its position's row, if that is a text's end.
@@ -65,7 +69,9 @@ class Joint:
         if not beginnings:
             return None
         ends = torch.stack([self._ends(beginnings, label) for label in range(self.account.simulator.head.classes)])
-        left = torch.stack([positions[len(each) - 1] for each in beginnings])
+        places = [len(each) - 1 for each in beginnings]
+        left = positions[places]
+        ends = ends * (self._sent[1][places] if len(self._sent[1]) > 1 else 1.0)
         products, lengths = (ends * left).sum(2), ends.norm(dim=2)
         values = products / lengths / self.account.deviations[self.positions[0]]
         label, best = divmod(int(values.argmax()), len(beginnings))
@@ -99,6 +105,17 @@ class Joint:
             fewest, idle = min(moved, fewest), idle + 1 if moved >= fewest else 0
         return self._weighed(entries)
 
+    def _distinct(self, entries: list[Entry]) -> list[Entry]:
+        """The texts without what rounds have made of two that are one, which is weighed once."""
+        distinct = list({(each.tokens, each.label): each for each in entries}.values())
+        return entries if len(distinct) == len(entries) else self._weighed(distinct)
+
+    def _weighty(self, entries: list[Entry]) -> list[Entry]:
+        """The texts that weigh anything: while the others were wrong one may have stood in for a part of them."""
+        usual = max((each.weight for each in entries), default=0.0)
+        weighty = [each for each in entries if each.weight > constants().weakest_end * usual]
+        return entries if len(weighty) == len(entries) else self._weighty(self._settled(weighty))
+
     def placed(self, entries: list[Entry]) -> list[Entry]:
         """The texts with the token at every place whose row its slope makes up most, so that every token has a place.
 
@@ -117,20 +134,21 @@ class Joint:
         parts = self.tokens[likeliest].split([len(each) for each in slopes])
         return [one._replace(tokens=tuple(part.tolist())) for one, part in zip(entries, parts, strict=True)]
 
-    def exchanged(self, entries: list[Entry]) -> list[Entry]:
-        """The texts after two of them have changed tokens at one place, as long as less is left of the rows.
+    def mended(self, entries: list[Entry]) -> list[Entry]:
+        """The texts after the likeliest changes, as long as they leave less of the rows.
 
-        Rounds that move every token alone never leave such a pair: each slope fits what stands in the other text.
+        Rounds that move every token alone never leave texts that have exchanged tokens: each slope fits what stands in
+        the other text.
 
         Args:
             entries: Of tokens in question, with their weights.
         """
         least, better = self._square(entries), True
-        while better:
+        while better and not self.budget.late:
             better = False
-            for changed in self._exchanges(entries):
+            for changed in self._changes(entries, least):
                 if self.budget.late:
-                    return entries
+                    break
                 if self._square(changed) < least:
                     both = (changed, self._settled(changed))
                     least, entries = min(((self._square(each), each) for each in both), key=lambda one: one[0])
@@ -138,8 +156,16 @@ class Joint:
                     break
         return entries
 
+    def _changes(self, entries: list[Entry], square: float) -> Iterator[list[Entry]]:
+        """Changes that may leave less of the rows: single ones, and beginnings where more than noise is left."""
+        noise, size = self.account.noise, sum(each.numel() for each in self._sent)
+        if square > size or not noise.is_exact:
+            yield from self._single(entries)
+        if square > size + chance_quantile(constants().miss_rate) * math.sqrt(2 * size):
+            yield from exchanged_beginnings(entries)
+
     def told(self, entries: list[Entry]) -> bool:
-        """Whether every likely exchange leaves more of the rows by more than noise makes.
+        """Whether every likely change leaves more of the rows by more than noise makes.
 
         Each text alone may fit better than its neighbours although two of them have changed tokens. What an exchange
         of true texts leaves more, a square, has the deviation of the noise times twice its root.
@@ -148,24 +174,13 @@ class Joint:
             entries: Of tokens in question, with the weights they have in their batch.
         """
         least = self._square(entries) + (2 * constants().apart) ** 2
-        return all(self._square(changed) >= least for changed in self._exchanges(entries))
+        return all(self._square(changed) >= least for changed in self._single(entries))
 
-    def _exchanges(self, entries: list[Entry]) -> list[list[Entry]]:
-        """The texts with two tokens of one place exchanged, for the places where that costs the shares least."""
-        if len(entries) < 2:
-            return []
-        found = shares(self._rows, torch.cat(self._slopes(entries)))
-        parts = found.split([len(each.tokens) for each in entries])
-        columns = [torch.searchsorted(self.tokens, self.tokens.new_tensor(each.tokens)) for each in entries]
-        costs = []
-        for (one, first), (other, second) in itertools.combinations(enumerate(zip(parts, columns, strict=True)), 2):
-            for place in range(min(len(first[1]), len(second[1]))):
-                here, there = int(first[1][place]), int(second[1][place])
-                rows = first[0][place], second[0][place]
-                if here != there:
-                    cost = rows[0][here] - rows[0][there] + rows[1][there] - rows[1][here]
-                    costs.append((float(cost), one, other, place))
-        return [_exchange(entries, *where) for _, *where in sorted(costs)[: constants().neighbours]]
+    def _single(self, entries: list[Entry]) -> Iterator[list[Entry]]:
+        """The likeliest changes at one place."""
+        slopes, (left, _) = self._slopes(entries), self._left(entries)
+        yield from exchanges(entries, slopes, left, self.tokens)
+        yield from replacements(entries, slopes, left, self.tokens)
 
     def _square(self, entries: list[Entry]) -> float:
         """The squared length of what texts leave of the rows of both embeddings, in units of the noise."""
@@ -176,6 +191,15 @@ class Joint:
     @cached_property
     def _rows(self) -> Float[Tensor, "tokens width"]:
         return precise(self.account.received[self.words][self.tokens])
+
+    @cached_property
+    def _sent(self) -> tuple[Tensor, Tensor]:
+        """Which entries of the rows were sent, as ones and zeros: of the tokens', and of the positions'."""
+        sent = self.account.noise.sent(self.account.received)
+        words, positions = (self.account.received[name] for name in (self.words, self.positions[0]))
+        if sent is None:
+            return words.new_ones(1), positions.new_ones(1)
+        return sent[self.words][self.tokens].to(words), sent[self.positions[0]][self.positions[1] :].to(positions)
 
     def _slopes(self, entries: Sequence[Entry]) -> list[Tensor]:
         """The texts' slopes, which their weights do not change: of a text that stays as it was they are known."""
@@ -197,7 +221,14 @@ class Joint:
         made = torch.stack([self._made(entry, slopes).flatten() for entry, slopes in pairs])
         gram, products = made @ made.T, made @ self._rows.flatten()
         weights = torch.linalg.lstsq(gram.cpu(), products.cpu()[:, None]).solution[:, 0]
-        if bool(((weights * len(weights) - 1).abs() < constants().even_weights).all()):
+        if self.account.simulator.head.classes == 2 and bool((weights < 0).any()):  # the other class has that sign
+            wrong = (weights < 0).tolist()
+            return self._weighed(
+                [each._replace(label=each.label ^ turned) for each, turned in zip(entries, wrong, strict=True)]
+            )
+        relative = weights * len(weights)
+        even = abs(float(relative.mean()) - 1) < constants().even_weights and bool((relative > 0.5).all())
+        if even:
             weights = torch.full_like(weights, 1 / len(weights))
         return [entry._replace(weight=float(weight)) for entry, weight in zip(entries, weights, strict=True)]
 
@@ -213,14 +244,4 @@ class Joint:
         for entry, slopes in zip(entries, self._slopes(entries), strict=True):
             words -= entry.weight * self._made(entry, slopes)
             positions[: len(slopes)] -= entry.weight * slopes
-        return words, positions
-
-
-def _exchange(entries: list[Entry], one: int, other: int, place: int) -> list[Entry]:
-    """Texts of which two have changed tokens at a place."""
-    changed = list(entries)
-    for own, their in ((one, other), (other, one)):
-        tokens = list(entries[own].tokens)
-        tokens[place] = entries[their].tokens[place]
-        changed[own] = entries[own]._replace(tokens=tuple(tokens))
-    return changed
+        return words * self._sent[0], positions * self._sent[1]

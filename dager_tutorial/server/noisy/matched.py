@@ -35,13 +35,14 @@ class Scores(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A map or an embedding during a pass, and what was received of its weight."""
+    """A map or an embedding during a pass, what was received of its weight, and of which entries, if not of all."""
 
     module: nn.Module
     inputs: Tensor
     output: Tensor
     received: Tensor
     weight: float
+    sent: Tensor | None = None
 
     def product(self, slopes: Tensor) -> Tensor:
         """For each text the inner product of its gradient and what was received."""
@@ -51,6 +52,8 @@ class _Part(NamedTuple):
 
     def square(self, slopes: Tensor) -> Tensor:
         """For each text the square of its gradient: `sum_ij (x_i . x_j) (d_i . d_j)`."""
+        if self.sent is not None:
+            return self.weight * torch.stack([self._sent(*each) for each in zip(self.inputs, slopes, strict=True)])
         if slopes.dim() == 2:
             return self.weight * self.inputs.square().sum(1) * slopes.square().sum(1)
         if isinstance(self.module, nn.Embedding):
@@ -58,6 +61,15 @@ class _Part(NamedTuple):
         else:
             alike = self.inputs @ self.inputs.transpose(1, 2)
         return self.weight * (alike * (slopes @ slopes.transpose(1, 2))).flatten(1).sum(1)
+
+    def _sent(self, inputs: Tensor, slopes: Tensor) -> Tensor:
+        """The square of a text's gradient on the entries that were sent."""
+        assert self.sent is not None
+        if isinstance(self.module, nn.Embedding):
+            tokens, places = inputs.unique(return_inverse=True)
+            rows = slopes.new_zeros(len(tokens), slopes.shape[1]).index_add_(0, places, slopes)
+            return (rows.square() * self.sent[tokens]).sum()
+        return ((torch.atleast_2d(inputs).T @ torch.atleast_2d(slopes)).square_() * self.sent).sum()
 
 
 class Matched:
@@ -67,19 +79,28 @@ class Matched:
         simulator: Repeats the client's step, of a classification.
         received: Gradients by the update's names, all or some.
         deviations: Of the noise on their entries, by the same names.
+        sent: Which entries were sent, by the same names; None where all were.
     """
 
-    def __init__(self, simulator: Simulator, received: Mapping[str, Tensor], deviations: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        simulator: Simulator,
+        received: Mapping[str, Tensor],
+        deviations: Mapping[str, float],
+        sent: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.simulator = simulator
         own = {id(parameter): name for name, parameter in simulator.shared.items()}
         self.received: dict[nn.Module, Tensor] = {}
         self._weights: dict[nn.Module, float] = {}
+        self._sent: dict[nn.Module, Tensor] = {}
         for module in simulator.network.modules():
             name = own.get(id(getattr(module, "weight", None)), "")
             if name in received and received[name].dim() == 2:
                 self._weights[module] = deviations[name] ** -2
-                weighed = received[name].float() * self._weights[module]
-                self.received[module] = weighed.T.contiguous() if isinstance(module, nn.Linear) else weighed
+                self.received[module] = _inwards(module, received[name].float() * self._weights[module])
+                if sent is not None:
+                    self._sent[module] = _inwards(module, sent[name])
 
     def scores(self, texts: Sequence[Ids]) -> Scores:
         """S of texts.
@@ -136,7 +157,7 @@ class Matched:
             if isinstance(module, nn.Embedding):
                 output = output.detach().requires_grad_(True)
             received, weight = self.received.get(module, output[:0]), self._weights.get(module, 0.0)
-            parts.append(_Part(module, inputs[0], output, received, weight))
+            parts.append(_Part(module, inputs[0], output, received, weight, self._sent.get(module)))
             return output
 
         handles = [module.register_forward_hook(keep) for module in {*self.received, self.words}]
@@ -146,6 +167,11 @@ class Matched:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _inwards(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight, or what belongs to its entries, as inputs x outputs."""
+    return weight.T.contiguous() if isinstance(module, nn.Linear) else weight
 
 
 def _loss(logits: Tensor, labels: int | Sequence[int]) -> Tensor:
