@@ -19,10 +19,10 @@ from dager_tutorial.models.language_model import LanguageModel
 from dager_tutorial.server.attack import attack
 from dager_tutorial.server.budget import AttackConfig, Budget
 from dager_tutorial.server.completion.simulation import Simulator
-from dager_tutorial.server.embedding_rows import table_gradient
+from dager_tutorial.server.deviation import outstanding
+from dager_tutorial.server.embedding_rows import noise_of, table_gradient
 from dager_tutorial.server.evidence import evidence_of
 from dager_tutorial.server.noisy.account import Account, Entry
-from dager_tutorial.server.noisy.deviation import deviation_of, outstanding
 from dager_tutorial.server.noisy.joint import Joint
 from dager_tutorial.server.noisy.matched import Matched
 from dager_tutorial.server.noisy.moves import exchanged_beginnings
@@ -58,9 +58,9 @@ def test_the_filter_is_the_inner_product_with_the_gradient(tiny_gpt2: LanguageMo
 
 def test_silent_rows_measure_the_noise_and_others_name_the_tokens(tiny_gpt2: LanguageModel) -> None:
     clean = client_update(tiny_gpt2, [TEXT])
-    assert deviation_of(evidence_of(tiny_gpt2, clean)) is None
+    assert noise_of(evidence_of(tiny_gpt2, clean)) is None
     evidence = evidence_of(tiny_gpt2, noised(clean, 1e-4))
-    deviation = deviation_of(evidence)
+    deviation = noise_of(evidence)
     assert deviation == pytest.approx(1e-4, rel=0.02)
     rows = table_gradient(evidence, evidence.adapter.first_input.tokens)
     assert rows is not None and deviation is not None
@@ -88,7 +88,7 @@ def joint_of(model: LanguageModel, update: Update) -> Joint:
     evidence = evidence_of(model, update)
     simulator = Simulator(model, update, Head(), torch.float32)
     table, first = evidence.adapter.position_table or pytest.fail("positions are needed")
-    rows, deviation = table_gradient(evidence, evidence.adapter.first_input.tokens), deviation_of(evidence)
+    rows, deviation = table_gradient(evidence, evidence.adapter.first_input.tokens), noise_of(evidence)
     assert rows is not None and deviation is not None
     account = Account(simulator, update.gradients, Gaussian.of(simulator.shared, deviation))
     words, positions = account.name_of(evidence.adapter.first_input.tokens), account.name_of(table)

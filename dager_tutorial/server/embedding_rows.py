@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.deviation import deviation_of, outstanding
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.token_filter import Candidates
 
@@ -21,7 +22,7 @@ def named_tokens(evidence: Evidence) -> Int[Tensor, " tokens"] | None:
     """The tokens whose rows of the embedding gradient are not zero.
 
     Args:
-        evidence: The update's gradients.
+        evidence: The update's gradients; Gaussian noise on them is measured, and what stands out from it is named.
 
     Returns:
         int64, sorted, with the one token whose row never moves where there is one; None where the gradient was not
@@ -64,11 +65,25 @@ def table_gradient(evidence: Evidence, table: Tensor) -> Float[Tensor, "rows wid
     return evidence.gradients.get(next(names, ""))
 
 
+def noise_of(evidence: Evidence) -> float | None:
+    """The deviation of Gaussian noise on every entry of an update; None where there is none, or nothing tells it.
+
+    Args:
+        evidence: The update's gradients.
+    """
+    gradient = table_gradient(evidence, evidence.adapter.first_input.tokens)
+    return None if gradient is None else deviation_of(gradient)
+
+
 def _named(evidence: Evidence, table: Tensor) -> Tensor | None:
-    """The rows of an embedding's gradient that are not zero; None where none is, or some may have become zero."""
+    """The rows of an embedding's gradient that are more than noise; None where none is, or some may have been lost."""
     gradient = table_gradient(evidence, table)
     if gradient is None:
         return None
+    noise = noise_of(evidence)
+    if noise is not None:
+        named = outstanding(gradient, noise)
+        return named if len(named) else None
     sizes = gradient.float().norm(dim=1)
     # What was subtracted from a gradient leaves rounding where a row was; nothing else does.
     least = constants().row_rounding * sizes[sizes > 0].median() if evidence.is_remainder and bool(sizes.any()) else 0.0

@@ -22,9 +22,9 @@ from dager_tutorial.models.tap import precise
 from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.completion.simulation import Ids
 from dager_tutorial.server.constants import constants
+from dager_tutorial.server.deviation import outstanding
 from dager_tutorial.server.noisy.account import Account, Entry
 from dager_tutorial.server.noisy.climb import shares
-from dager_tutorial.server.noisy.deviation import outstanding
 from dager_tutorial.server.noisy.matched import Matched
 from dager_tutorial.server.noisy.moves import exchanged_beginnings, exchanges, replacements
 from dager_tutorial.server.odds import chance_quantile

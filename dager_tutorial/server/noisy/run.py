@@ -16,10 +16,10 @@ from dager_tutorial.server.budget import Budget
 from dager_tutorial.server.completion.guess import plausible_heads
 from dager_tutorial.server.completion.simulation import Ids, Simulator
 from dager_tutorial.server.decoder.ranked import ranked_prefixes
-from dager_tutorial.server.embedding_rows import anywhere, table_gradient
+from dager_tutorial.server.deviation import outstanding
+from dager_tutorial.server.embedding_rows import anywhere, noise_of, table_gradient
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.noisy.account import Account
-from dager_tutorial.server.noisy.deviation import deviation_of, outstanding
 from dager_tutorial.server.noisy.noise import Absent, Gaussian, Grid, Noise
 from dager_tutorial.server.noisy.search import Search
 from dager_tutorial.server.outcome import Outcome
@@ -94,7 +94,7 @@ def _noise(evidence: Evidence, received: Mapping[str, Tensor]) -> Noise | None:
         return Absent.of(received)
     if evidence.bits is not None:
         return Grid.of(received, evidence.bits)
-    deviation = deviation_of(evidence)
+    deviation = noise_of(evidence)
     return Gaussian.of(received, deviation) if deviation else None
 
 

@@ -15,23 +15,17 @@ from torch import Tensor
 
 from dager_tutorial.models.tap import precise
 from dager_tutorial.server.constants import constants
-from dager_tutorial.server.embedding_rows import table_gradient
-from dager_tutorial.server.evidence import Evidence
 
 
-def deviation_of(evidence: Evidence) -> float | None:
+def deviation_of(gradient: Float[Tensor, "rows width"]) -> float | None:
     """The deviation of the noise that was added to every entry of an update.
 
     Args:
-        evidence: The update's gradients.
+        gradient: Of the tokens' embedding.
 
     Returns:
-        None where the embedding's gradient was not shared, or its silent rows hold nothing, or what they hold is no
-        even Gaussian noise.
+        None where its silent rows hold nothing, or what they hold is no even Gaussian noise.
     """
-    gradient = table_gradient(evidence, evidence.adapter.first_input.tokens)
-    if gradient is None:
-        return None
     squares, width = precise(gradient.float().square().sum(1)), gradient.shape[1]
     middle = squares.median().item()
     if not middle > 0:
