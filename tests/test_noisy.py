@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_exact, truth
+from helpers import truth
 
 from dager_tutorial.client.defenses.clipping import length
 from dager_tutorial.client.defenses.noise import Noise
@@ -27,7 +27,7 @@ from dager_tutorial.server.noisy.joint import Joint
 from dager_tutorial.server.noisy.matched import Matched
 from dager_tutorial.server.noisy.moves import exchanged_beginnings
 from dager_tutorial.server.noisy.noise import Absent, Gaussian
-from dager_tutorial.server.noisy.run import noisy_search, through_noise
+from dager_tutorial.server.noisy.run import by_rows, noisy_search, through_noise
 from dager_tutorial.server.outcome import Outcome
 from dager_tutorial.status import Status
 from dager_tutorial.update import Update
@@ -115,13 +115,29 @@ def test_exchanged_and_forgotten_tokens_are_put_right(tiny_gpt2: LanguageModel) 
     assert {token for entry in joint.placed(forgotten) for token in entry.tokens} == set(joint.tokens.tolist())
 
 
-@pytest.mark.parametrize("keep", [60, 5])
-def test_what_is_kept_of_the_embeddings_tells_all_texts(tiny_gpt2: LanguageModel, keep: float) -> None:
+@pytest.mark.parametrize("pruning", [Pruning(60), Pruning(5), Pruning(60, "random")], ids=lambda each: each.told)
+def test_what_is_kept_of_the_embeddings_tells_all_texts(tiny_gpt2: LanguageModel, pruning: Pruning) -> None:
     texts = [TEXT, "cup young snow never listen to the wind", "the old wind"]
     clean = client_update(tiny_gpt2, texts, [1, 0, 1])
-    found = attack(tiny_gpt2, replace(clean, gradients=Pruning(keep)(clean.gradients)))
-    assert_exact(found, truth(tiny_gpt2, texts), Status.CERTIFIED)
-    assert sorted(found.labels) == [(0,), (1,), (1,)]
+    sent = replace(clean, gradients=pruning(clean.gradients, torch.Generator().manual_seed(0)))
+    evidence, budget = evidence_of(tiny_gpt2, sent), Budget.of(AttackConfig(), time.monotonic(), None)
+    found = by_rows(noisy_search(tiny_gpt2, sent, Head(), evidence, budget), evidence)
+    assert found is not None and found.status is Status.CERTIFIED
+    assert {text.tokens for text in found.texts} == truth(tiny_gpt2, texts)
+    assert sorted(text.labels for text in found.texts) == [(0,), (1,), (1,)]
+
+
+def test_a_text_that_weighs_nothing_is_never_proven(tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [TEXT, "the old wind"]
+    clean = client_update(tiny_gpt2, texts, [1, 0])
+    sent = replace(clean, gradients=Pruning(20)(clean.gradients))
+    (first,), (second,) = (truth(tiny_gpt2, [text]) for text in texts)
+    right = [Entry(first, 1, 0.5), Entry(second, 0, 0.5)]
+    monkeypatch.setattr(Joint, "run", lambda _: [*right, Entry(second[:2], 1, 1e-8)])
+    evidence, budget = evidence_of(tiny_gpt2, sent), Budget.of(AttackConfig(), time.monotonic(), None)
+    assert by_rows(noisy_search(tiny_gpt2, sent, Head(), evidence, budget), evidence) is None
+    monkeypatch.setattr(Joint, "run", lambda _: right)
+    assert by_rows(noisy_search(tiny_gpt2, sent, Head(), evidence, budget), evidence) is not None
 
 
 def test_of_entries_that_were_sent_the_filter_takes_the_gradient_on_these(tiny_gpt2: LanguageModel) -> None:

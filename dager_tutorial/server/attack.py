@@ -97,8 +97,9 @@ def _found(
         outcome = search(evidence) if dropout is None else recover_masked(evidence, dropout)
     if complete and outcome.status is not Status.CERTIFIED:
         outcome = completed(model, update, head, evidence, search, outcome, budget)
-    if complete and outcome.status is not Status.CERTIFIED and not budget.late:
-        noisy = noisy or noisy_search(model, update, head, evidence, budget)
+    if complete and outcome.status is not Status.CERTIFIED:
+        if noisy is None and not budget.late:
+            noisy = noisy_search(model, update, head, evidence, budget)
         outcome = through_noise(noisy, evidence, outcome, budget)
     return outcome
 

@@ -39,13 +39,16 @@ class Text(NamedTuple):
 
 
 def shares(
-    rows: Float[Tensor, "tokens width"], slopes: Float[Tensor, "places width"]
+    rows: Float[Tensor, "tokens width"],
+    slopes: Float[Tensor, "places width"],
+    sent: Float[Tensor, "tokens width"] | None = None,
 ) -> Float[Tensor, "places tokens"]:
     """How much of every token's row the slope at a place makes up: about one number where it stands, 0 elsewhere.
 
     Args:
         rows: Of the embedding's gradient.
         slopes: Of a text, or of the positions of an update.
+        sent: Ones for the rows' entries that were sent, zeros for the others, which are zero; None where all were.
 
     Example:
         >>> slopes = torch.eye(3, 5)
@@ -55,9 +58,34 @@ def shares(
                 [2, 0]], dtype=torch.int32)
     """
     rows, slopes = precise(rows), precise(slopes)
-    gram = slopes @ slopes.T
-    ridge = constants().slope_ridge * gram.diagonal().mean()
-    return torch.linalg.solve(gram + ridge * torch.eye(len(gram), device=gram.device), slopes @ rows.T)
+    if sent is None:
+        gram = slopes @ slopes.T
+        ridge = constants().slope_ridge * gram.diagonal().mean()
+        return torch.linalg.solve(gram + ridge * torch.eye(len(gram), device=gram.device), slopes @ rows.T)
+    sent = precise(sent)
+    grams = (slopes * sent[:, None]) @ slopes.T  # tokens x places x places
+    # The fewer entries say anything, the less of what they say may be given away.
+    ridges = constants().slope_ridge * sent.mean(1) * grams.diagonal(dim1=1, dim2=2).mean(1)
+    eye = torch.eye(len(slopes), dtype=grams.dtype, device=grams.device)
+    return torch.linalg.solve(grams + ridges[:, None, None] * eye, (rows @ slopes.T)[..., None])[..., 0].T
+
+
+def likeness(
+    rows: Float[Tensor, "tokens width"], slopes: Float[Tensor, "places width"]
+) -> Float[Tensor, "places tokens"]:
+    """How alike every token's row and a place's slope are at the entries that are known of both, where those are few.
+
+    Args:
+        rows: Of the embedding's gradient, zero where nothing is known.
+        slopes: Likewise, of the positions of an update.
+
+    Example:
+        >>> likeness(torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]]), torch.tensor([[0.0, 2.0, 6.0]]))
+        tensor([[1., 1.]], dtype=torch.float64)
+    """
+    rows, slopes = precise(rows), precise(slopes)
+    squares = slopes.square() @ (rows != 0).to(rows).T * ((slopes != 0).to(slopes) @ rows.square().T)
+    return slopes @ rows.T / squares.sqrt().clamp(min=1e-300)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dager_tutorial.server.completion.simulation import Ids
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.deviation import outstanding
 from dager_tutorial.server.noisy.account import Account, Entry
-from dager_tutorial.server.noisy.climb import shares
+from dager_tutorial.server.noisy.climb import likeness, shares
 from dager_tutorial.server.noisy.matched import Matched
 from dager_tutorial.server.noisy.moves import exchanged_beginnings, exchanges, replacements
 from dager_tutorial.server.odds import chance_quantile
@@ -50,14 +50,19 @@ class Joint:
     _known: dict[tuple[Ids, int], Float[Tensor, "places width"]] = field(default_factory=dict)
 
     def run(self) -> list[Entry]:
-        """One text more as long as what is left of the rows says where it ends; every time all are made better."""
-        entries: list[Entry] = []
-        while not self.budget.late and (ending := self._ending(entries)) is not None:
+        """One text more as long as what is left of the rows says where it ends; every time all are made better.
+
+        While texts are wrong another may leave more of the rows for a while; where many do, the best are taken.
+        """
+        entries, best, idle = list[Entry](), (math.inf, list[Entry]()), 0
+        while not self.budget.late and idle < constants().idle_rounds and (ending := self._ending(entries)) is not None:
             before, entries = len(entries), self._distinct(self._settled([*entries, ending]))
             self.budget.report("completion", len(entries))
+            square = self._square(entries)
+            best, idle = ((square, entries), 0) if square < best[0] else (best, idle + 1)
             if len(entries) == before:
                 break
-        return self.mended(self._weighty(entries))
+        return self._weighty(self.mended(self._weighty(best[1])))
 
     def _ending(self, entries: list[Entry]) -> Entry | None:
         """The beginning of what is left whose last slope explains most of its position's row, if that is a text's end.
@@ -91,7 +96,8 @@ class Joint:
         if not len(rows):
             return []
         slopes = positions[: int(rows[-1]) + 1]
-        text = tuple(self.tokens[shares(words, slopes).argmax(1)].tolist())
+        found = shares(words, slopes) if self._gaps is None else likeness(words, slopes)
+        text = tuple(self.tokens[found.argmax(1)].tolist())
         ends = slopes.norm(dim=1).argsort(descending=True)[: constants().endings]
         return [text[: end + 1] for end in ends.tolist()]
 
@@ -125,7 +131,7 @@ class Joint:
             entries: At least one.
         """
         slopes = self._slopes(entries)
-        found = shares(self._rows, torch.cat(slopes))
+        found = shares(self._rows, torch.cat(slopes), self._gaps)
         likeliest = found.argmax(1)
         if len(found) >= len(self.tokens):
             behind = (found.max(1, keepdim=True).values - found).T.cpu().numpy()
@@ -201,6 +207,12 @@ class Joint:
             return words.new_ones(1), positions.new_ones(1)
         return sent[self.words][self.tokens].to(words), sent[self.positions[0]][self.positions[1] :].to(positions)
 
+    @property
+    def _gaps(self) -> Tensor | None:
+        """Which entries of the tokens' rows were sent; None where all were."""
+        sent = self._sent[0]
+        return None if bool(sent.all()) else sent
+
     def _slopes(self, entries: Sequence[Entry]) -> list[Tensor]:
         """The texts' slopes, which their weights do not change: of a text that stays as it was they are known."""
         keys = [(each.tokens, each.label) for each in entries]
@@ -218,7 +230,7 @@ class Joint:
     def _weighed(self, entries: list[Entry]) -> list[Entry]:
         """The texts with the weights that best explain the rows; of a batch in which all weigh the same, exactly so."""
         pairs = zip(entries, self._slopes(entries), strict=True)
-        made = torch.stack([self._made(entry, slopes).flatten() for entry, slopes in pairs])
+        made = torch.stack([(self._made(entry, slopes) * self._sent[0]).flatten() for entry, slopes in pairs])
         gram, products = made @ made.T, made @ self._rows.flatten()
         weights = torch.linalg.lstsq(gram.cpu(), products.cpu()[:, None]).solution[:, 0]
         if self.account.simulator.head.classes == 2 and bool((weights < 0).any()):  # the other class has that sign

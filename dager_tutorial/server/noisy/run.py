@@ -39,7 +39,7 @@ def through_noise(search: Search | None, evidence: Evidence, outcome: Outcome, b
     Returns:
         The same outcome where there is nothing to search, or nothing was found.
     """
-    if search is None or budget.late:
+    if search is None:
         return outcome
     with evidence.watch.stage("completion"):
         search.run(lambda: [*(text.tokens for text in outcome.texts), *_ranked(evidence, search.tokens, budget)])

@@ -57,6 +57,8 @@ class Search:
         if self.joint is not None:
             self.entries = self.joint.run()
             self.account.left_by(self.entries)
+            if self.account.noise.is_exact:
+                self._settle()  # what weighs nothing would explain nothing, and be called proven beside what does
         proven = bool(self.entries) and self.account.noise.is_exact and self.account.is_noise()
         self.certain = [True] * len(self.entries) if proven else []
         return proven
@@ -67,6 +69,8 @@ class Search:
         Args:
             starts: Gives beginnings of texts.
         """
+        if self.budget.late:
+            return
         if self.joint is None:
             self._one_by_one(starts())
         elif not self.entries and self.by_rows():
