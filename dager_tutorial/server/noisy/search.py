@@ -204,7 +204,8 @@ class Search:
         """
         number = len(self.entries)
         noise = bool(number) and self.account.is_noise()
-        told = f"{self.account.noise.told}: {number} found by the matched filter"
+        means = "matched filter" if self.joint is None else "rows of embeddings and the matched filter"
+        told = f"{self.account.noise.told}: {number} found by the {means}"
         if noise and len(self.certain) == number and all(self.certain):
             return Outcome(Status.CERTIFIED, f"{told}; {self._proof}", self._texts({}, Certainty.WHOLE), size=number)
         if not number or before.status.claims_all:
