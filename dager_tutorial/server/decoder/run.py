@@ -20,7 +20,7 @@ from dager_tutorial.server.decoder.residual import ResidualSelector
 from dager_tutorial.server.decoder.search import TreeSearch
 from dager_tutorial.server.decoder.summed.run import likely_prefixes
 from dager_tutorial.server.decoder.tree import Tree
-from dager_tutorial.server.embedding_rows import noise_of
+from dager_tutorial.server.embedding_rows import named_tokens, noise_of
 from dager_tutorial.server.evidence import Evidence
 from dager_tutorial.server.outcome import Outcome, expected_rows
 from dager_tutorial.server.prompt import explained
@@ -168,14 +168,19 @@ def _under_dropout(
 def _without_gap(evidence: Evidence, spans: Spans) -> bool:
     """Whether inputs moved, or gradients hold noise or were rounded, and no gap stands below any signal.
 
-    Not where all spans are full. Where positions are learned the rows of both embeddings see through noise sooner.
+    Not where all spans are full.
     """
-    noisy = evidence.adapter.first_input.positions is None and noise_of(evidence) is not None
     return (
-        (bool(evidence.drifts) or evidence.bits is not None or noisy)
+        (bool(evidence.drifts) or evidence.bits is not None or _named_in_noise(evidence))
         and any(not span.saturated for span in spans.values())
         and not any(span.clear for span in spans.values())
     )
+
+
+def _named_in_noise(evidence: Evidence) -> bool:
+    """Whether a rotary model's tokens stand out of noise: where positions are learned, rows see through it sooner."""
+    rotary = evidence.adapter.first_input.positions is None
+    return rotary and noise_of(evidence) is not None and named_tokens(evidence) is not None
 
 
 def _cascade(evidence: Evidence, adapter: DecoderAdapter, budget: Budget) -> Spans:
