@@ -144,12 +144,13 @@ def test_of_entries_that_were_sent_the_filter_takes_the_gradient_on_these(tiny_g
     received = client_update(tiny_gpt2, [TEXT, "the old wind"], [1, 0])
     sent = Pruning(20)(received.gradients)
     noise = Absent.of(sent)
-    matched = Matched(Simulator(tiny_gpt2, received, Head(), torch.float32), sent, noise.deviations, noise.sent(sent))
+    kept = {name: noise.sent(each) for name, each in sent.items()}
+    matched = Matched(Simulator(tiny_gpt2, received, Head(), torch.float32), sent, noise.deviations, kept)
     (ids,), own = truth(tiny_gpt2, [TEXT]), client_update(tiny_gpt2, [TEXT], [1]).gradients
     maps = [name for name, each in sent.items() if each.dim() == 2]
-    kept = {name: own[name].double() * (sent[name] != 0) for name in maps}
-    product = sum(float((sent[name] * kept[name]).sum()) for name in maps)
-    square = sum(float(each.square().sum()) for each in kept.values())
+    there = {name: own[name].double() * (sent[name] != 0) for name in maps}
+    product = sum(float((sent[name] * there[name]).sum()) for name in maps)
+    square = sum(float(each.square().sum()) for each in there.values())
     assert float(matched.scores([ids]).weights[0]) == pytest.approx(product / square, rel=1e-4)
 
 

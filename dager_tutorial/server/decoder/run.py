@@ -171,9 +171,9 @@ def _without_gap(evidence: Evidence, spans: Spans) -> bool:
     Not where all spans are full.
     """
     return (
-        (bool(evidence.drifts) or evidence.bits is not None or _named_in_noise(evidence))
-        and any(not span.saturated for span in spans.values())
+        any(not span.saturated for span in spans.values())
         and not any(span.clear for span in spans.values())
+        and (bool(evidence.drifts) or evidence.bits is not None or _named_in_noise(evidence))
     )
 
 

@@ -71,7 +71,8 @@ class Account:
 
     def matched(self) -> Matched:
         """The matched filter of what is left."""
-        return Matched(self.simulator, self.rest, self.deviations, self.noise.sent(self.received))
+        sent = {name: self.noise.sent(each) for name, each in self.received.items()}
+        return Matched(self.simulator, self.rest, self.deviations, sent)
 
     def name_of(self, table: Tensor) -> str | None:
         """Under which name an embedding's gradient was shared; None where it was not.

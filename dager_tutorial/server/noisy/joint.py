@@ -26,7 +26,7 @@ from dager_tutorial.server.deviation import outstanding
 from dager_tutorial.server.noisy.account import Account, Entry
 from dager_tutorial.server.noisy.climb import likeness, shares
 from dager_tutorial.server.noisy.matched import Matched
-from dager_tutorial.server.noisy.moves import exchanged_beginnings, exchanges, replacements
+from dager_tutorial.server.noisy.moves import Changes, exchanged_beginnings
 from dager_tutorial.server.odds import chance_quantile
 
 
@@ -76,7 +76,7 @@ class Joint:
         ends = torch.stack([self._ends(beginnings, label) for label in range(self.account.simulator.head.classes)])
         places = [len(each) - 1 for each in beginnings]
         left = positions[places]
-        ends = ends * (self._sent[1][places] if len(self._sent[1]) > 1 else 1.0)
+        ends = ends * self._sent[1][places]
         products, lengths = (ends * left).sum(2), ends.norm(dim=2)
         values = products / lengths / self.account.deviations[self.positions[0]]
         label, best = divmod(int(values.argmax()), len(beginnings))
@@ -164,8 +164,8 @@ class Joint:
 
     def _changes(self, entries: list[Entry], square: float) -> Iterator[list[Entry]]:
         """Changes that may leave less of the rows: single ones, and beginnings where more than noise is left."""
-        noise, size = self.account.noise, sum(each.numel() for each in self._sent)
-        if square > size or not noise.is_exact:
+        size = sum(float(each.sum()) for each in self._sent)
+        if square > size or not self.account.noise.is_exact:
             yield from self._single(entries)
         if square > size + chance_quantile(constants().miss_rate) * math.sqrt(2 * size):
             yield from exchanged_beginnings(entries)
@@ -184,9 +184,9 @@ class Joint:
 
     def _single(self, entries: list[Entry]) -> Iterator[list[Entry]]:
         """The likeliest changes at one place."""
-        slopes, (left, _) = self._slopes(entries), self._left(entries)
-        yield from exchanges(entries, slopes, left, self.tokens)
-        yield from replacements(entries, slopes, left, self.tokens)
+        changes = Changes(entries, self._slopes(entries), self._left(entries)[0], self.tokens)
+        yield from changes.exchanges()
+        yield from changes.replacements()
 
     def _square(self, entries: list[Entry]) -> float:
         """The squared length of what texts leave of the rows of both embeddings, in units of the noise."""
@@ -201,11 +201,11 @@ class Joint:
     @cached_property
     def _sent(self) -> tuple[Tensor, Tensor]:
         """Which entries of the rows were sent, as ones and zeros: of the tokens', and of the positions'."""
-        sent = self.account.noise.sent(self.account.received)
-        words, positions = (self.account.received[name] for name in (self.words, self.positions[0]))
-        if sent is None:
-            return words.new_ones(1), positions.new_ones(1)
-        return sent[self.words][self.tokens].to(words), sent[self.positions[0]][self.positions[1] :].to(positions)
+        name, first = self.positions
+        rows = self.account.received[self.words][self.tokens], self.account.received[name][first:]
+        sent = [(each, self.account.noise.sent(each)) for each in rows]
+        words, positions = (torch.ones_like(each) if kept is None else kept.to(each) for each, kept in sent)
+        return words, positions
 
     @property
     def _gaps(self) -> Tensor | None:

@@ -79,7 +79,7 @@ class Matched:
         simulator: Repeats the client's step, of a classification.
         received: Gradients by the update's names, all or some.
         deviations: Of the noise on their entries, by the same names.
-        sent: Which entries were sent, by the same names; None where all were.
+        sent: Which entries were sent, by the same names; None, of a tensor or altogether, where all were.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Matched:
         simulator: Simulator,
         received: Mapping[str, Tensor],
         deviations: Mapping[str, float],
-        sent: Mapping[str, Tensor] | None = None,
+        sent: Mapping[str, Tensor | None] | None = None,
     ) -> None:
         self.simulator = simulator
         own = {id(parameter): name for name, parameter in simulator.shared.items()}
@@ -99,8 +99,9 @@ class Matched:
             if name in received and received[name].dim() == 2:
                 self._weights[module] = deviations[name] ** -2
                 self.received[module] = _inwards(module, received[name].float() * self._weights[module])
-                if sent is not None:
-                    self._sent[module] = _inwards(module, sent[name])
+                kept = None if sent is None else sent[name]
+                if kept is not None:
+                    self._sent[module] = _inwards(module, kept)
 
     def scores(self, texts: Sequence[Ids]) -> Scores:
         """S of texts.

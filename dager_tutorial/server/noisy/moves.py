@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -16,52 +18,56 @@ from torch import Tensor
 from dager_tutorial.server.constants import constants
 from dager_tutorial.server.noisy.account import Entry
 
-Slopes = Sequence[Float[Tensor, "_ width"]]
 
+@dataclass(frozen=True)
+class Changes:
+    """Changes of texts at one place, by the slopes as they are.
 
-def replacements(
-    entries: list[Entry], slopes: Slopes, left: Float[Tensor, "tokens width"], tokens: Int[Tensor, " tokens"]
-) -> list[list[Entry]]:
-    """The texts with another token at one place, for the places where that leaves least.
-
-    Args:
-        entries: Of tokens in question.
+    Attributes:
+        entries: The texts, of tokens in question.
         slopes: Theirs.
         left: What they leave of the tokens' rows.
         tokens: int64, sorted, the tokens in question.
     """
-    costs = []
-    for number, (entry, each) in enumerate(zip(entries, slopes, strict=True)):
-        made, own = entry.weight * each, _columns(entry, tokens)
-        more = (made * left[own]).sum(1, keepdim=True) - made @ left.T + made.square().sum(1, keepdim=True)
-        best = more.scatter(1, own[:, None], torch.inf).min(1)
-        changes = zip(best.values.tolist(), tokens[best.indices].tolist(), strict=True)
-        costs += [(cost, number, place, token) for place, (cost, token) in enumerate(changes)]
-    return [_replaced(entries, *where) for _, *where in sorted(costs)[: constants().neighbours]]
 
+    entries: list[Entry]
+    slopes: Sequence[Float[Tensor, "_ width"]]
+    left: Float[Tensor, "tokens width"]
+    tokens: Int[Tensor, " tokens"]
 
-def exchanges(
-    entries: list[Entry], slopes: Slopes, left: Float[Tensor, "tokens width"], tokens: Int[Tensor, " tokens"]
-) -> list[list[Entry]]:
-    """The texts with two tokens of one place exchanged, for the places where that leaves least.
+    def replacements(self) -> list[list[Entry]]:
+        """The texts with another token at one place, for the places where that leaves least."""
+        costs = []
+        for number, (made, own) in enumerate(zip(self._made, self._columns, strict=True)):
+            moved = (made * self.left[own]).sum(1, keepdim=True) - made @ self.left.T
+            more = moved + made.square().sum(1, keepdim=True)
+            best = more.scatter(1, own[:, None], torch.inf).min(1)
+            changes = zip(best.values.tolist(), self.tokens[best.indices].tolist(), strict=True)
+            costs += [(cost, number, place, token) for place, (cost, token) in enumerate(changes)]
+        likeliest = sorted(costs)[: constants().neighbours]
+        return [_replaced(self.entries, *where) for _, *where in likeliest]
 
-    Args:
-        entries: Of tokens in question.
-        slopes: Theirs.
-        left: What they leave of the tokens' rows.
-        tokens: int64, sorted, the tokens in question.
-    """
-    made = [entry.weight * each for entry, each in zip(entries, slopes, strict=True)]
-    columns = [_columns(entry, tokens) for entry in entries]
-    costs = []
-    for one, other in itertools.combinations(range(len(entries)), 2):
-        most = min(len(columns[one]), len(columns[other]))
-        here, there = columns[one][:most], columns[other][:most]
-        moved = made[one][:most] - made[other][:most]
-        more = (moved * (left[here] - left[there])).sum(1) + moved.square().sum(1)
-        costs += [(float(more[place]), one, other, place) for place in (here != there).nonzero()[:, 0].tolist()]
-    likeliest = sorted(costs)[: constants().neighbours]
-    return [_exchanged(entries, one, other, place, place + 1) for _, one, other, place in likeliest]
+    def exchanges(self) -> list[list[Entry]]:
+        """The texts with two tokens of one place exchanged, for the places where that leaves least."""
+        costs = []
+        for one, other in itertools.combinations(range(len(self.entries)), 2):
+            most = min(len(self._columns[each]) for each in (one, other))
+            here, there = self._columns[one][:most], self._columns[other][:most]
+            moved = self._made[one][:most] - self._made[other][:most]
+            more = (moved * (self.left[here] - self.left[there])).sum(1) + moved.square().sum(1)
+            costs += [(float(more[place]), one, other, place) for place in (here != there).nonzero()[:, 0].tolist()]
+        likeliest = sorted(costs)[: constants().neighbours]
+        return [_exchanged(self.entries, one, other, place, place + 1) for _, one, other, place in likeliest]
+
+    @cached_property
+    def _made(self) -> list[Float[Tensor, "_ width"]]:
+        """What each place of the texts makes of its token's row."""
+        return [entry.weight * each for entry, each in zip(self.entries, self.slopes, strict=True)]
+
+    @cached_property
+    def _columns(self) -> list[Int[Tensor, " _"]]:
+        """Where the texts' tokens are among those in question."""
+        return [torch.searchsorted(self.tokens, self.tokens.new_tensor(entry.tokens)) for entry in self.entries]
 
 
 def exchanged_beginnings(entries: list[Entry]) -> Iterator[list[Entry]]:
@@ -76,11 +82,6 @@ def exchanged_beginnings(entries: list[Entry]) -> Iterator[list[Entry]]:
         for one, other in pairs:
             if 2**power < shortest[one, other]:
                 yield _exchanged(entries, one, other, 0, 2**power)
-
-
-def _columns(entry: Entry, tokens: Tensor) -> Tensor:
-    """Where a text's tokens are among those in question."""
-    return torch.searchsorted(tokens, tokens.new_tensor(entry.tokens))
 
 
 def _replaced(entries: list[Entry], number: int, place: int, token: int) -> list[Entry]:

@@ -47,11 +47,11 @@ class Noise(ABC):
         """
         return sum(self._squares(rest))
 
-    def sent(self, received: Tensors) -> dict[str, Tensor] | None:
-        """Which entries were sent, by the update's names; None where all were.
+    def sent(self, received: Tensor) -> Tensor | None:
+        """Which entries of a tensor were sent; None where all were.
 
         Args:
-            received: The update.
+            received: The tensor, or some of its rows.
         """
         return None
 
@@ -172,13 +172,13 @@ class Absent(Noise):
         deviation = constants().certified * norm(received) / math.sqrt(kept)
         return Absent(dict.fromkeys(received, deviation), f"{share:.1%} of the entries was sent")
 
-    def sent(self, received: Tensors) -> dict[str, Tensor]:
-        """Those that are not zero, by the update's names.
+    def sent(self, received: Tensor) -> Tensor:
+        """Those that are not zero.
 
         Args:
-            received: The update.
+            received: The tensor, or some of its rows.
         """
-        return {name: each != 0 for name, each in received.items()}
+        return received != 0
 
     def comparable(self, rest: dict[str, Tensor], received: Tensors) -> dict[str, Tensor]:
         """What is left at the entries that were sent.
